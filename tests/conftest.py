@@ -1,0 +1,10 @@
+"""What every test shares. The packages under test are imported in fixtures and tests, not here: jaxtyping's hook
+must see their first import."""
+
+import os
+
+import beartype.door  # noqa: F401  before nnsight, which mounts `save` on `object` and so breaks this import later
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+for _name in [name for name in os.environ if name.startswith("SIGHTLINE_")]:
+    del os.environ[_name]  # a developer's own settings must not decide a test

@@ -1,0 +1,155 @@
+"""Every error that Sightline raises on purpose.
+
+    SightlineError                      500 internal_error
+    ├── InvalidRequest                  400 invalid_request
+    │   ├── UnsupportedParameter        400 unsupported_parameter
+    │   ├── BadSelector                 400 bad_selector
+    │   ├── BadPositions                400 bad_positions
+    │   ├── ContextLengthExceeded       400 context_length_exceeded
+    │   └── CaptureTooLarge             400 capture_too_large
+    ├── Unauthorized                    401 invalid_api_key
+    ├── NotFound                        404 not_found
+    │   ├── ModelNotFound               404 model_not_found
+    │   └── RunNotFound                 404 run_not_found
+    ├── Busy                            409 busy
+    ├── ModelLoadFailed                 422 model_load_failed
+    ├── QueueFull                       429 queue_full
+    ├── Cancelled                       499 cancelled
+    ├── ShuttingDown                    503 shutting_down
+    └── StorageFailed                   507 storage_failed
+
+A message says what was wrong, what was found and what to do. Errors cross the wire as
+``{"error": {"message", "type", "param", "code"}}``.
+"""
+
+from typing import ClassVar
+
+
+class SightlineError(Exception):
+    """Root of the tree. `status` is the HTTP status, `code` the machine-readable name, `param` the argument at fault."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+    type: ClassVar[str] = "server_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The JSON body of this error, in OpenAI's shape."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InvalidRequest(SightlineError):
+    """The request cannot be served as it was written."""
+
+    status = 400
+    code = "invalid_request"
+    type = "invalid_request_error"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """A field that OpenAI knows and Sightline does not serve."""
+
+    code = "unsupported_parameter"
+
+
+class BadSelector(InvalidRequest):
+    """A selector that does not parse, or names nothing in the model."""
+
+    code = "bad_selector"
+
+
+class BadPositions(InvalidRequest):
+    """A position window that does not parse, or selects no token."""
+
+    code = "bad_positions"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt and the tokens asked for do not fit the model's window."""
+
+    code = "context_length_exceeded"
+
+
+class CaptureTooLarge(InvalidRequest):
+    """The savepoints of one request would keep more bytes than the server allows."""
+
+    code = "capture_too_large"
+
+
+class Unauthorized(SightlineError):
+    """The API key is missing or wrong."""
+
+    status = 401
+    code = "invalid_api_key"
+    type = "authentication_error"
+
+
+class NotFound(SightlineError):
+    """The thing that was named does not exist."""
+
+    status = 404
+    code = "not_found"
+    type = "not_found_error"
+
+
+class ModelNotFound(NotFound):
+    """No loaded model has this name; another one is never taken in its place."""
+
+    code = "model_not_found"
+
+
+class RunNotFound(NotFound):
+    """No recorded run has this id, or the run has no such file."""
+
+    code = "run_not_found"
+
+
+class Busy(SightlineError):
+    """The thing that was named is in use and cannot be changed now."""
+
+    status = 409
+    code = "busy"
+    type = "conflict_error"
+
+
+class ModelLoadFailed(SightlineError):
+    """A model could not be loaded; the message carries the library's reason."""
+
+    status = 422
+    code = "model_load_failed"
+    type = "invalid_request_error"
+
+
+class QueueFull(SightlineError):
+    """The waiting line of this model is full; try again after `retry_after` seconds."""
+
+    status = 429
+    code = "queue_full"
+    type = "rate_limit_error"
+    retry_after: ClassVar[int] = 2
+
+
+class Cancelled(SightlineError):
+    """The work was dropped because its client went away."""
+
+    status = 499
+    code = "cancelled"
+    type = "cancelled_error"
+
+
+class ShuttingDown(SightlineError):
+    """The server or this model is stopping and takes no new work."""
+
+    status = 503
+    code = "shutting_down"
+
+
+class StorageFailed(SightlineError):
+    """A file could not be written or read; nothing was left half-written."""
+
+    status = 507
+    code = "storage_failed"

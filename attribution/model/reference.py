@@ -1,0 +1,116 @@
+"""The reference path: nnsight's own `generate`, one sequence at a time.
+
+It shares no decoding code with the step loop: transformers runs the loop, `tracer.all()` visits its steps, and one
+empty invoke per site reads what passes there. The step loop is held against it in the tests; it serves `--max-batch 1`
+and the families that the step loop is not proved on.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable
+
+import nnsight
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from attribution.model.capture import Stream, read_site
+from attribution.model.decode import Fed
+from attribution.model.traced import LOGITS, Site, TracedModel, first_tensor
+
+# an open loop over the steps ends by asking for one more: that is how it is meant to end
+warnings.filterwarnings(
+    "ignore", message=".*was never reached: the loop asked for a step", category=UserWarning
+)
+
+Take = Callable[[Fed], int | None]
+
+
+class _Choose(LogitsProcessor):
+    """Lets `take` choose the next token: every other token is ruled out."""
+
+    def __init__(self, steps: "_Steps") -> None:
+        self.steps = steps
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Called by transformers with the logits of the last position, [1, vocab]."""
+        token = self.steps.finish_step(scores)
+        chosen = torch.full_like(scores, float("-inf"))
+        chosen[0, token] = 0.0
+        return chosen
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, steps: "_Steps") -> None:
+        self.steps = steps
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        """Called by transformers after each token; one flag per row."""
+        return torch.tensor([self.steps.stopped], device=input_ids.device)
+
+
+class _Steps:
+    """Collects what one step saw, and hands it to `take` when the logits of the step are there."""
+
+    def __init__(self, model: TracedModel, streams: list[Stream], prompt: int, tail: int, take: Take) -> None:
+        self.model, self.streams, self.take = model, streams, take
+        self.seen: dict[Site, Tensor] = {}
+        self.fed, self.tail, self.stopped = prompt, tail, False
+
+    def finish_step(self, scores: Tensor) -> int:
+        logits = self.seen.get(LOGITS, scores.to(self.model.dtype)[:, None])
+        captured = {
+            stream: torch.stack([stream.cut(self.seen[site]).cpu() for site in stream.sites])
+            for stream in self.streams
+        }
+        token = self.take(Fed(logits.cpu(), captured, [self.fed]))
+        self.stopped = token is None
+        self.fed += 1
+        self.seen.clear()
+        return 0 if token is None else token
+
+
+def generate(
+    model: TracedModel, prompt: list[int], limit: int, tail: int, streams: Iterable[Stream], take: Take
+) -> None:
+    """Generate with nnsight; call it on the model's own thread.
+
+    Args:
+        prompt: token ids.
+        limit: the most tokens to generate, at least 1.
+        tail: how many positions of the prompt, from its end, get logits.
+        streams: what to capture.
+        take: called after every forward with what it gave; returns the next token, or None to stop.
+    """
+    streams = list(streams)
+    steps = _Steps(model, streams, len(prompt), tail, take)
+    wanted = {site for stream in streams for site in stream.sites} | {LOGITS}
+    sites = [(site, model.envoy if site == LOGITS else model.envoy.get(site.path)) for site in sorted(wanted)]
+    ids = torch.tensor([prompt], device=model.device)
+    options = {
+        "generation_config": GenerationConfig(
+            max_new_tokens=limit, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True
+        ),
+        "logits_processor": LogitsProcessorList([_Choose(steps)]),
+        "stopping_criteria": StoppingCriteriaList([_Stop(steps)]),
+        "logits_to_keep": tail,
+    }
+    with torch.no_grad(), model.envoy.generate(**options) as tracer:
+        with tracer.invoke(input_ids=ids, attention_mask=torch.ones_like(ids)):
+            result = nnsight.save(tracer.result)
+        for site, envoy in sites:
+            with tracer.invoke():
+                for _ in tracer.all():
+                    _see(steps, site, envoy)
+
+
+def _see(steps: _Steps, site: Site, envoy: object) -> None:
+    value = envoy.output if site.side == "output" else envoy.input  # type: ignore[attr-defined]
+    tensor = value.logits if site == LOGITS else first_tensor(value)
+    assert tensor is not None
+    steps.seen[site] = tensor.detach()

@@ -1,0 +1,200 @@
+"""From a request to its finished completions: the same for chat and completions, streamed or not.
+
+1. `open_answer` checks everything that can be checked before a token is generated.
+2. `Answer.start` queues one sequence per completion on the model's thread.
+3. `Answer.events` tells what happens; `Answer.record` writes the run when all sequences have finished.
+"""
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from attribution.errors import ContextLengthExceeded, InvalidRequest
+from server.generation.sampling import Sampler
+from server.generation.sequence import Event, Finished, Sequence
+from server.generation.text import TextStream
+from server.registry import LoadedModel
+from server.run_record import run_record
+from server.runs import RunStore, SavedTensor
+from server.savepoints import Recorder, Savepoint, SavepointSpec, check_windows, declare
+from server.schemas import GenerationBody
+
+_LOGITS = SavepointSpec("logits", "logits")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a route has made of its body: prompts as token ids, and the fields that chat and completions name differently.
+
+    Attributes:
+        limit: the most tokens to generate; None is the rest of the window.
+        top_logprobs: alternatives per token; None reports no log-probabilities.
+        echo: whether the prompt is part of the answer.
+    """
+
+    prompts: list[list[int]]
+    limit: int | None
+    top_logprobs: int | None
+    echo: bool = False
+
+
+@dataclass(eq=False)
+class Answer:
+    """One request on its way. `sequences` are its choices in order: the n completions of the first prompt, and so on."""
+
+    loaded: LoadedModel
+    body: GenerationBody
+    plan: Plan
+    savepoints: list[Savepoint]
+    max_bytes: int
+    seed: int
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+    sequences: list[Sequence] = field(default_factory=list)
+    meta: list[dict[str, dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def session_id(self) -> str:
+        """The short form of the run id."""
+        return self.run_id[:8]
+
+    def start(self) -> None:
+        """Queue the sequences.
+
+        Raises:
+            QueueFull, ShuttingDown: they are not taken.
+        """
+        loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+        def emit(index: int, event: Event) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        for prompt in self.plan.prompts:
+            for _ in range(self.body.n):
+                index = len(self.sequences)
+                self.sequences.append(self._sequence(prompt, index, lambda event, i=index: emit(i, event)))
+        self.loaded.worker.add(self.sequences)
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """The events of all choices until each has finished.
+
+        Raises:
+            SightlineError: of the first choice that failed; the others are dropped.
+        """
+        left = len(self.sequences)
+        try:
+            while left:
+                index, event = await self._events.get()
+                if isinstance(event, Finished):
+                    if event.error is not None:
+                        raise event.error
+                    left -= 1
+                yield index, event
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Drop what has not finished."""
+        for sequence in self.sequences:
+            sequence.cancelled = True
+
+    async def record(self, store: RunStore) -> int:
+        """Write the activations and run.json; returns the bytes written, 0 when nothing was asked for.
+
+        Raises:
+            StorageFailed, CaptureTooLarge: nothing of the run is on disk then.
+        """
+        if not self.savepoints:
+            self.meta = [{} for _ in self.sequences]
+            return 0
+        declared = {savepoint.name: savepoint for savepoint in self.savepoints}
+        tensors = [
+            SavedTensor(index, name, declared[name].selector.text, tensor, positions, declared[name].axis)
+            for index, sequence in enumerate(self.sequences)
+            for name, (tensor, positions) in sequence.activations.items()
+        ]
+        self.meta = [
+            {saved.name: store.describe(self.run_id, saved) for saved in tensors if saved.choice == index}
+            for index in range(len(self.sequences))
+        ]
+        return await asyncio.to_thread(self._write, store, tensors)
+
+    def _write(self, store: RunStore, tensors: list[SavedTensor]) -> int:
+        return store.write(self.run_id, tensors, run_record(self))
+
+    def _sequence(self, prompt: list[int], index: int, emit: Any) -> Sequence:
+        body, model = self.body, self.loaded.model
+        recorder = None
+        if self.savepoints:
+            recorder = Recorder(model, self.savepoints, len(prompt), self.max_bytes)
+        return Sequence(
+            prompt=prompt,
+            limit=limit_of(self.loaded, len(prompt), self.plan.limit),
+            sampler=Sampler(body.sampling(), prompt, self.seed, index),
+            text=TextStream(model.tokenizer, body.stops()),
+            end_ids=frozenset() if body.ignore_eos else model.end_token_ids,
+            emit=emit,
+            recorder=recorder,
+            top_logprobs=self.plan.top_logprobs,
+            score_prompt=self.plan.echo and self.plan.top_logprobs is not None,
+            stream=body.stream,
+        )
+
+
+def open_answer(loaded: LoadedModel, body: GenerationBody, plan: Plan, max_bytes: int) -> Answer:
+    """Check a request and make its answer; nothing has run when this raises.
+
+    Raises:
+        ContextLengthExceeded, InvalidRequest, BadSelector, BadPositions, CaptureTooLarge: naming what is wrong.
+    """
+    for prompt in plan.prompts:
+        _check_tokens(loaded, prompt, "prompt")
+        limit_of(loaded, len(prompt), plan.limit)
+    _check_tokens(loaded, list(body.logit_bias or {}), "logit_bias", may_be_empty=True)
+    savepoints = declare(loaded.model, _asked(loaded, body))
+    share = max_bytes // (len(plan.prompts) * body.n)
+    for prompt in plan.prompts:
+        check_windows(savepoints, len(prompt), limit_of(loaded, len(prompt), plan.limit), share)
+    seed = secrets.randbits(63) if body.seed is None else body.seed
+    return Answer(loaded, body, plan, savepoints, share, seed)
+
+
+def _asked(loaded: LoadedModel, body: GenerationBody) -> list[SavepointSpec]:
+    """The savepoints of a request: its own, else those given at load, else the logits when activations are asked for."""
+    if body.store_activations is False:
+        return []
+    own = [savepoint.spec() for savepoint in body.savepoints or []]
+    specs = own or list(loaded.savepoints)
+    return specs or ([_LOGITS] if body.store_activations else [])
+
+
+def limit_of(loaded: LoadedModel, prompt: int, limit: int | None) -> int:
+    """The most tokens that may be generated after `prompt` tokens.
+
+    Raises:
+        ContextLengthExceeded: with the numbers.
+    """
+    window = loaded.model.dimensions.window
+    if prompt + (1 if limit is None else limit) > window:
+        asked = "at least one token" if limit is None else f"max_tokens {limit}"
+        raise ContextLengthExceeded(
+            f"{loaded.id!r} has a window of {window} tokens; the prompt has {prompt}, and {asked} do not fit behind it",
+            param="messages" if limit is None else "max_tokens",
+        )
+    return window - prompt if limit is None else limit
+
+
+def _check_tokens(loaded: LoadedModel, ids: list[int], param: str, may_be_empty: bool = False) -> None:
+    size = loaded.model.dimensions.d_vocab
+    if not ids and not may_be_empty:
+        raise InvalidRequest("the prompt has no tokens", param=param)
+    wrong = next((token for token in ids if not 0 <= token < size), None)
+    if wrong is not None:
+        raise InvalidRequest(
+            f"{param}: token ids of {loaded.id!r} are 0 to {size - 1}; found {wrong}", param=param
+        )

@@ -1,0 +1,168 @@
+"""The app factory: everything is made here and handed down, nothing is global."""
+
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import attribution.model  # noqa: F401  imports what must come before nnsight
+from attribution.errors import InvalidRequest, NotFound, SightlineError, Unauthorized
+from attribution.model.load import LoadSpec
+from server.logs import request_id
+from server.metrics import Metrics
+from server.registry import EMBEDDED, ModelRegistry
+from server.routes import health, models, openai, runs
+from server.runs import RunStore
+from server.settings import Settings
+from server.state import State
+
+OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json"})
+log = logging.getLogger("sightline.http")
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The server as an ASGI app. Its models load when it starts, and unload when it stops."""
+    metrics = Metrics()
+    ttl = settings.activations_ttl
+    store = RunStore(
+        settings.activations_dir,
+        None if settings.activations_max_bytes is None else int(settings.activations_max_bytes),
+        None if ttl is None else ttl.total_seconds(),
+    )
+    state = State(settings, metrics, ModelRegistry(settings, metrics), store)
+    app = FastAPI(title="Sightline", version=version("sightline"), lifespan=_lifespan)
+    app.state.sightline = state
+    for routes in (health, openai, models, runs):
+        app.include_router(routes.router)
+    app.add_exception_handler(SightlineError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_bug)
+    app.add_middleware(Gate, state=state)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state: State = app.state.sightline
+    settings = state.settings
+    if not settings.no_model:
+        spec = LoadSpec(
+            model_id=settings.model or EMBEDDED,
+            device_map=settings.device,
+            dtype=settings.dtype,
+            attn_implementation=settings.attn_implementation,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        await state.registry.load(spec)
+    yield
+    await state.registry.close()
+
+
+class Gate:
+    """Around every request: its id, the key, one line of log, the metrics."""
+
+    def __init__(self, app: ASGIApp, state: State) -> None:
+        self.app, self.state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        name = uuid.uuid4().hex[:12]
+        token = request_id.set(name)
+        started, status = time.perf_counter(), 500
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message.setdefault("headers", []).append((b"x-request-id", name.encode()))
+            await send(message)
+
+        try:
+            if scope["path"] in OPEN_PATHS or self._has_key(scope):
+                await self.app(scope, receive, send_with_id)
+            else:
+                error = Unauthorized(
+                    "this server asks for its key: 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'"
+                )
+                await _reply(error)(scope, receive, send_with_id)
+        finally:
+            self._note(scope, status, time.perf_counter() - started)
+            request_id.reset(token)
+
+    def _has_key(self, scope: Scope) -> bool:
+        key = self.state.settings.api_key
+        if key is None:
+            return True
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-api-key") or headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+        return secrets.compare_digest(given, key.get_secret_value().encode())
+
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        self.state.metrics.requests_total.labels(route, scope["method"], str(status)).inc()
+        self.state.metrics.request_seconds.labels(route).observe(seconds)
+        extra = {
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "ms": round(seconds * 1000, 1),
+        }
+        log.info("request", extra=extra)
+
+
+def _reply(error: SightlineError) -> JSONResponse:
+    retry = getattr(error, "retry_after", None)
+    headers = {} if retry is None else {"Retry-After": str(retry)}
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, SightlineError)
+    return _reply(error)
+
+
+async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
+    """The first thing that is wrong with a body, in words."""
+    assert isinstance(error, RequestValidationError)
+    first: dict[str, Any] = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return _reply(
+            InvalidRequest(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+        )
+    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+    if first["type"] == "extra_forbidden":
+        return _reply(InvalidRequest(f"unknown field {where!r}", param=where))
+    if isinstance(first.get("input"), bytes):
+        return _reply(InvalidRequest("the body was not read as JSON; send it with 'Content-Type: application/json'"))
+    found = "" if first["type"] == "missing" else f"; found {str(first.get('input'))[:80]!r}"
+    return _reply(InvalidRequest(f"{where or 'the body'}: {first['msg']}{found}", param=where or None))
+
+
+async def _on_http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return _reply(
+            NotFound(f"there is no {request.method} {request.url.path}; GET /docs lists what there is")
+        )
+    body = InvalidRequest(f"{request.method} {request.url.path}: {error.detail}").body()
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _on_bug(request: Request, error: Exception) -> JSONResponse:
+    log.exception("a request failed on the server", exc_info=error)
+    return _reply(SightlineError("the server failed on this request; its log has the reason"))

@@ -1,0 +1,212 @@
+"""The two ways to generate, behind one interface.
+
+`StepLoop` shares forward passes between sequences; `ReferenceLoop` hands one sequence after the other to nnsight's
+`generate`. Both live on the thread that owns the model, which calls `turn` as long as they are `busy`.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Protocol
+
+from attribution.errors import SightlineError
+from attribution.model.capture import Stream
+from attribution.model.decode import DecodeBatch, Fed, Prefill
+from attribution.model.reference import generate
+from attribution.model.traced import TracedModel
+from server.generation.sequence import Sequence
+from server.metrics import Metrics
+
+
+class Engine(Protocol):
+    """Generates. `turn` is one bounded piece of work."""
+
+    waiting: deque[Sequence]
+
+    @property
+    def busy(self) -> bool:
+        """Whether `turn` has something to do."""
+        ...
+
+    def turn(self) -> None:
+        """Do one piece of work."""
+        ...
+
+    def fail(self, error: SightlineError) -> None:
+        """End everything that is under way with `error`, and be ready for new work."""
+        ...
+
+
+def make_engine(model: TracedModel, max_batch: int, prefill_chunk: int, metrics: Metrics) -> Engine:
+    """The step loop, or the reference path for a batch of one and for families that the loop is not proved on."""
+    if max_batch == 1 or model.family is None:
+        return ReferenceLoop(model, metrics)
+    return StepLoop(model, max_batch, prefill_chunk, metrics)
+
+
+class _Arriving:
+    """Newcomers whose prompts are being fed together."""
+
+    def __init__(self, model: TracedModel, sequences: list[Sequence]) -> None:
+        self.sequences = sequences
+        self.prefill = Prefill(model, [sequence.prompt for sequence in sequences])
+
+    @property
+    def left(self) -> int:
+        return self.prefill.columns - self.prefill.fed
+
+
+class StepLoop:
+    """Continuous batching. One turn feeds one piece of the newcomers' prompts, and one token of everyone else."""
+
+    def __init__(self, model: TracedModel, max_batch: int, prefill_chunk: int, metrics: Metrics) -> None:
+        self.model, self.max_batch, self.prefill_chunk, self.metrics = (
+            model,
+            max_batch,
+            prefill_chunk,
+            metrics,
+        )
+        self.waiting: deque[Sequence] = deque()
+        self._arriving: list[_Arriving] = []
+        self._active: list[Sequence] = []
+        self._batch = DecodeBatch(model)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any sequence is waiting, arriving or being decoded."""
+        return bool(self.waiting or self._arriving or self._active)
+
+    def turn(self) -> None:
+        """Admit, feed one piece of a prompt, and take one step with all that are active."""
+        self._drop_cancelled()
+        self._admit()
+        if self._arriving:
+            self._feed_prompts(min(self._arriving, key=lambda group: group.left))
+        if self._active:
+            self._step()
+
+    def fail(self, error: SightlineError) -> None:
+        """End everything that is under way with `error`."""
+        underway = [*self._active, *(s for group in self._arriving for s in group.sequences)]
+        self._active, self._arriving, self._batch = [], [], DecodeBatch(self.model)
+        for sequence in underway:
+            if sequence.finish_reason is None:
+                sequence.fail(error)
+
+    def _drop_cancelled(self) -> None:
+        self._keep([not _dropped(sequence) for sequence in self._active])
+        for group in self._arriving:
+            for sequence in group.sequences:
+                _dropped(sequence)
+        self._arriving = [g for g in self._arriving if any(s.finish_reason is None for s in g.sequences)]
+
+    def _admit(self) -> None:
+        room = self.max_batch - len(self._active) - sum(len(group.sequences) for group in self._arriving)
+        newcomers: list[Sequence] = []
+        longest = 0
+        while self.waiting and len(newcomers) < room:
+            sequence = self.waiting[0]
+            longest = max(longest, len(sequence.prompt))
+            if newcomers and longest * (len(newcomers) + 1) > self.prefill_chunk:
+                break
+            self.waiting.popleft()
+            if not _dropped(sequence):
+                newcomers.append(sequence)
+        if newcomers:
+            self._arriving.append(_Arriving(self.model, newcomers))
+
+    def _feed_prompts(self, group: _Arriving) -> None:
+        prefill, sequences = group.prefill, group.sequences
+        tokens = self.prefill_chunk // len(sequences)
+        stop = min(prefill.columns, prefill.fed + tokens)
+        wanted: set[Stream] = set()
+        for sequence, length in zip(sequences, prefill.lengths, strict=True):
+            padding = prefill.columns - length
+            wanted |= sequence.wanted(max(prefill.fed - padding, 0), max(stop - padding, 0))
+        fed = prefill.advance(tokens, max(sequence.tail for sequence in sequences), wanted)
+        live = [s.finish_reason is None for s in sequences]
+        if not prefill.done:
+            for row, sequence in enumerate(sequences):
+                if live[row]:
+                    _guarded(sequence, fed, row, advance=False)
+            return
+        self._arriving.remove(group)
+        going = [row for row, s in enumerate(sequences) if live[row] and _guarded(s, fed, row, advance=True)]
+        self._batch.join(prefill, going)
+        self._active += [sequences[row] for row in going]
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        size = len(self._active)
+        wanted: set[Stream] = set()
+        for sequence, length in zip(self._active, self._batch.lengths, strict=True):
+            wanted |= sequence.wanted(length, length + 1)
+            sequence.largest_batch = max(sequence.largest_batch, size)
+        fed = self._batch.step([sequence.tokens[-1] for sequence in self._active], wanted)
+        self._keep([_guarded(sequence, fed, row, advance=True) for row, sequence in enumerate(self._active)])
+        self.metrics.batch_size.labels(self.model.id).observe(size)
+        self.metrics.step_seconds.labels(self.model.id).observe(time.perf_counter() - started)
+
+    def _keep(self, stays: list[bool]) -> None:
+        if not all(stays):
+            rows = [row for row, stay in enumerate(stays) if stay]
+            self._batch.keep(rows)
+            self._active = [self._active[row] for row in rows]
+
+
+class ReferenceLoop:
+    """nnsight's own `generate`, one sequence at a time. One turn is one whole sequence."""
+
+    def __init__(self, model: TracedModel, metrics: Metrics) -> None:
+        self.model, self.metrics = model, metrics
+        self.waiting: deque[Sequence] = deque()
+        self._current: Sequence | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether any sequence is waiting."""
+        return bool(self.waiting)
+
+    def turn(self) -> None:
+        """Generate the sequence that has waited longest."""
+        sequence = self._current = self.waiting.popleft()
+        if _dropped(sequence):
+            return
+        streams: Iterable[Stream] = sequence.wanted(0, 1 << 40)
+        if sequence.limit == 0:
+            prefill = Prefill(self.model, [sequence.prompt])
+            _guarded(sequence, prefill.advance(len(sequence.prompt), sequence.tail, streams), 0, advance=True)
+            return
+        generate(self.model, sequence.prompt, sequence.limit, sequence.tail, streams, self._take)
+
+    def fail(self, error: SightlineError) -> None:
+        """End the sequence that is under way with `error`."""
+        if self._current and self._current.finish_reason is None:
+            self._current.fail(error)
+
+    def _take(self, fed: Fed) -> int | None:
+        sequence = self._current
+        assert sequence is not None
+        if _dropped(sequence) or not _guarded(sequence, fed, 0, advance=True):
+            return None
+        self.metrics.batch_size.labels(self.model.id).observe(1)
+        return sequence.tokens[-1]
+
+
+def _dropped(sequence: Sequence) -> bool:
+    """End a sequence whose client has gone; whether it has ended."""
+    if sequence.cancelled and sequence.finish_reason is None:
+        sequence.drop()
+    return sequence.finish_reason is not None
+
+
+def _guarded(sequence: Sequence, fed: Fed, row: int, *, advance: bool) -> bool:
+    """Let a sequence take its row; an error of its own ends it alone. Whether it goes on."""
+    try:
+        if not advance:
+            sequence.observe(fed, row)
+            return True
+        return sequence.advance(fed, row) is not None
+    except SightlineError as error:
+        sequence.fail(error)
+        return False

@@ -1,0 +1,179 @@
+"""The models that are loaded: each with its own thread, its savepoints, and one name."""
+
+import asyncio
+import gc
+import logging
+import time
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+
+from attribution.errors import Busy, ModelNotFound, SightlineError
+from attribution.model.hub import resolve_alias
+from attribution.model.load import LoadSpec, load
+from attribution.model.traced import TracedModel
+from attribution.positions import parse_window
+from attribution.selectors import parse_selector
+from server.generation.engine import make_engine
+from server.metrics import Metrics
+from server.savepoints import SavepointSpec, declare
+from server.settings import Settings
+from server.worker import ModelWorker
+
+EMBEDDED = "demo"
+log = logging.getLogger("sightline.models")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that can serve: itself, its thread, and the savepoints that it was loaded with."""
+
+    model: TracedModel
+    worker: ModelWorker
+    spec: LoadSpec
+    savepoints: tuple[SavepointSpec, ...] = ()
+    created: float = field(default_factory=time.time)
+
+    @property
+    def id(self) -> str:
+        """The name that requests use."""
+        return self.model.id
+
+
+def canonical(name: str) -> str:
+    """The one name of a model: aliases stand for their hub ids."""
+    return name if name == EMBEDDED else resolve_alias(name)
+
+
+class ModelRegistry:
+    """Loads, finds and unloads models. Used from the event loop only."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings, self._metrics = settings, metrics
+        self._loaded: dict[str, LoadedModel] = {}
+        self._loading: dict[str, tuple[LoadSpec, asyncio.Task[LoadedModel]]] = {}
+
+    @property
+    def loaded(self) -> list[LoadedModel]:
+        """The models that can serve, oldest first."""
+        return list(self._loaded.values())
+
+    @property
+    def queue_length(self) -> int:
+        """How many sequences wait, over all models."""
+        return sum(entry.worker.queue_length for entry in self._loaded.values())
+
+    def get(self, name: str) -> LoadedModel:
+        """The loaded model of this name.
+
+        Raises:
+            ModelNotFound: listing what is loaded.
+        """
+        entry = self._loaded.get(canonical(name))
+        if entry is None:
+            names = ", ".join(self._loaded) or "none"
+            raise ModelNotFound(
+                f"no model {name!r} is loaded; loaded: {names}. POST /models/load loads one", param="model"
+            )
+        return entry
+
+    async def load(self, spec: LoadSpec, savepoints: tuple[SavepointSpec, ...] = ()) -> LoadedModel:
+        """Load a model, or wait for the load of it that is under way; loaded again, it takes other savepoints.
+
+        Raises:
+            Busy: it is loaded, or being loaded, with other options.
+            ModelLoadFailed: the checkpoint cannot be read.
+            BadSelector, BadPositions, InvalidRequest: a savepoint is wrong; nothing is changed then.
+        """
+        for savepoint in savepoints:
+            parse_selector(savepoint.selector)
+            parse_window(savepoint.positions)
+        name = canonical(spec.model_id)
+        spec = replace(spec, model_id=name)
+        fresh = name not in self._loaded
+        entry = self._loaded.get(name) or await self._load_once(name, spec)
+        if entry.spec != spec:
+            raise Busy(
+                f"{name!r} is loaded with {_differences(entry.spec, spec)}; unload it first", param="model_id"
+            )
+        try:
+            declare(entry.model, list(savepoints))
+        except SightlineError:
+            if fresh:
+                await self.unload(name)
+            raise
+        if savepoints and savepoints != entry.savepoints:
+            entry = self._loaded[name] = replace(entry, savepoints=savepoints)
+        return entry
+
+    async def unload(self, name: str) -> int:
+        """Unload a model and free its memory; its requests fail. Returns the bytes of its weights.
+
+        Raises:
+            ModelNotFound: it is not loaded.
+        """
+        entry = self.get(name)
+        del self._loaded[entry.id]
+        self._metrics.models_loaded.set(len(self._loaded))
+        await asyncio.to_thread(entry.worker.stop)
+        size = entry.model.memory_bytes
+        del entry
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        log.info("model unloaded", extra={"model": name})
+        return size
+
+    async def close(self) -> None:
+        """Unload everything."""
+        for name in list(self._loaded):
+            await self.unload(name)
+
+    async def _load_once(self, name: str, spec: LoadSpec) -> LoadedModel:
+        if name not in self._loading:
+            self._loading[name] = (spec, asyncio.create_task(self._load(name, spec)))
+        under_way, task = self._loading[name]
+        if under_way != spec:
+            raise Busy(
+                f"{name!r} is being loaded with {_differences(under_way, spec)}; wait for it",
+                param="model_id",
+            )
+        return await asyncio.shield(task)
+
+    async def _load(self, name: str, spec: LoadSpec) -> LoadedModel:
+        settings = self._settings
+        log.info("loading model", extra={"model": name})
+        engine = partial(
+            make_engine,
+            max_batch=settings.max_batch,
+            prefill_chunk=settings.prefill_chunk,
+            metrics=self._metrics,
+        )
+        worker = ModelWorker(name, partial(load, spec), engine, settings.max_queue, self._metrics)
+        try:
+            model = await asyncio.wrap_future(worker.loaded)
+            entry = self._loaded[name] = LoadedModel(model, worker, spec)
+        finally:
+            del self._loading[name]
+        self._metrics.models_loaded.set(len(self._loaded))
+        log.info(
+            "model loaded",
+            extra={
+                "model": name,
+                "family": model.model_type,
+                "points": model.note or "proved",
+                "seconds": round(model.load_seconds, 2),
+                "bytes": model.memory_bytes,
+                "device": str(model.device),
+            },
+        )
+        return entry
+
+
+def _differences(there: LoadSpec, asked: LoadSpec) -> str:
+    fields = ("device_map", "dtype", "attn_implementation", "revision")
+    changed = [
+        f"{name}={getattr(there, name)!r}" for name in fields if getattr(there, name) != getattr(asked, name)
+    ]
+    return ", ".join(changed) or "other options"

@@ -1,0 +1,177 @@
+"""Replies built from openai.types, with Sightline's own fields beside OpenAI's."""
+
+from typing import TYPE_CHECKING, Any
+
+from openai.types import Completion, CompletionChoice, CompletionUsage
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.completion_choice import Logprobs as LegacyLogprobs
+
+from server.answers import Answer
+from server.generation.sampling import TokenLogprob
+from server.generation.sequence import Sequence
+from server.generation.text import token_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_UNFINISHED = "\ufffd"
+
+
+def usage(answer: Answer) -> CompletionUsage:
+    """Exact counts: each prompt once, every generated token, the end token included."""
+    prompt = sum(len(prompt) for prompt in answer.plan.prompts)
+    completion = sum(len(sequence.tokens) for sequence in answer.sequences)
+    return CompletionUsage(
+        prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+    )
+
+
+def run_fields(answer: Answer, index: int) -> dict[str, Any]:
+    """The fields of a choice that lead to its activations."""
+    files = {name: meta["file"] for name, meta in answer.meta[index].items()}
+    return {"run_id": answer.run_id, "session_id": answer.session_id, "activation_files": files}
+
+
+def chat_reply(answer: Answer) -> ChatCompletion:
+    """The reply of `/v1/chat/completions`."""
+    choices = [
+        {
+            "index": index,
+            "finish_reason": sequence.finish_reason,
+            "message": {"role": "assistant", "content": sequence.text.text} | run_fields(answer, index),
+            "logprobs": chat_logprobs(answer, sequence.logprobs),
+        }
+        for index, sequence in enumerate(answer.sequences)
+    ]
+    return ChatCompletion.model_validate(
+        _head(answer, f"chatcmpl-{answer.run_id}", "chat.completion")
+        | {"choices": choices, "usage": usage(answer), "activations_meta": answer.meta[0]}
+    )
+
+
+def chat_chunk(
+    answer: Answer,
+    index: int,
+    delta: dict[str, Any],
+    logprobs: tuple[TokenLogprob, ...] = (),
+    finish_reason: str | None = None,
+) -> ChatCompletionChunk:
+    """One chunk of a streamed chat; the last one of a choice carries its files."""
+    body = _head(answer, f"chatcmpl-{answer.run_id}", "chat.completion.chunk")
+    if finish_reason is not None:
+        delta = delta | run_fields(answer, index)
+        body |= {"activations_meta": answer.meta[0]}
+    content = chat_logprobs(answer, list(logprobs)) if logprobs else None
+    choice = {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": content}
+    return ChatCompletionChunk.model_validate(body | {"choices": [choice]})
+
+
+def usage_chunk(answer: Answer, chat: bool) -> ChatCompletionChunk | Completion:
+    """The chunk after the last choice, with `stream_options.include_usage`."""
+    if chat:
+        head = _head(answer, f"chatcmpl-{answer.run_id}", "chat.completion.chunk")
+        return ChatCompletionChunk.model_validate(head | {"choices": [], "usage": usage(answer)})
+    head = _head(answer, f"cmpl-{answer.run_id}", "text_completion")
+    return Completion.model_validate(head | {"choices": [], "usage": usage(answer)})
+
+
+def chat_logprobs(answer: Answer, entries: list[TokenLogprob]) -> dict[str, Any] | None:
+    """OpenAI's `logprobs` of a chat choice; None when they were not asked for."""
+    if answer.plan.top_logprobs is None:
+        return None
+    tokenizer = answer.loaded.model.tokenizer
+    content = []
+    for entry in entries:
+        top = [_token(tokenizer, token, logprob) for token, logprob in entry.top[: answer.plan.top_logprobs]]
+        content.append(_token(tokenizer, entry.token_id, entry.logprob) | {"top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def _token(tokenizer: "PreTrainedTokenizerBase", token: int, logprob: float | None) -> dict[str, Any]:
+    text = token_text(tokenizer, token)
+    # half a character has no text of its own, and its bytes cannot be told from the text
+    return {"token": text, "logprob": logprob, "bytes": None if _UNFINISHED in text else list(text.encode())}
+
+
+def completion_reply(answer: Answer) -> Completion:
+    """The reply of `/v1/completions`."""
+    choices = [
+        completion_choice(
+            answer, index, full_text(answer, sequence), all_logprobs(sequence), sequence.finish_reason
+        )
+        for index, sequence in enumerate(answer.sequences)
+    ]
+    head = _head(answer, f"cmpl-{answer.run_id}", "text_completion")
+    return Completion.model_validate(
+        head | {"choices": choices, "usage": usage(answer), "activations_meta": answer.meta[0]}
+    )
+
+
+def completion_chunk(
+    answer: Answer,
+    index: int,
+    text: str,
+    entries: tuple[TokenLogprob, ...],
+    offset: int,
+    finish_reason: str | None = None,
+) -> Completion:
+    """One chunk of a streamed completion; `offset` is where its text begins."""
+    body = _head(answer, f"cmpl-{answer.run_id}", "text_completion")
+    if finish_reason is not None:
+        body |= {"activations_meta": answer.meta[0]}
+    choice = completion_choice(answer, index, text, list(entries), finish_reason, offset)
+    return Completion.model_construct(**body, choices=[choice])
+
+
+def completion_choice(
+    answer: Answer,
+    index: int,
+    text: str,
+    entries: list[TokenLogprob],
+    finish_reason: str | None,
+    offset: int = 0,
+) -> CompletionChoice:
+    """One choice of a completion, or a part of one."""
+    fields = run_fields(answer, index) if finish_reason is not None else {}
+    return CompletionChoice.model_construct(
+        index=index,
+        text=text,
+        finish_reason=finish_reason,
+        logprobs=_legacy_logprobs(answer, entries, offset),
+        **fields,
+    )
+
+
+def full_text(answer: Answer, sequence: Sequence) -> str:
+    """The text of a completion, behind its prompt when that was to be echoed."""
+    return (prompt_text(answer, sequence) if answer.plan.echo else "") + sequence.text.text
+
+
+def prompt_text(answer: Answer, sequence: Sequence) -> str:
+    """The prompt as the model saw it."""
+    tokenizer = answer.loaded.model.tokenizer
+    return str(tokenizer.decode(sequence.prompt, clean_up_tokenization_spaces=False))
+
+
+def all_logprobs(sequence: Sequence) -> list[TokenLogprob]:
+    """The log-probabilities of the prompt, when it is scored, and of the completion."""
+    return [*sequence.prompt_logprobs, *sequence.logprobs]
+
+
+def _legacy_logprobs(answer: Answer, entries: list[TokenLogprob], offset: int) -> LegacyLogprobs | None:
+    if answer.plan.top_logprobs is None:
+        return None
+    tokenizer = answer.loaded.model.tokenizer
+    tokens = [token_text(tokenizer, entry.token_id) for entry in entries]
+    offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
+    top: list[dict[str, float] | None] = []
+    for entry in entries:
+        alternatives = {token_text(tokenizer, token): logprob for token, logprob in reversed(entry.top)}
+        top.append(None if entry.logprob is None else alternatives)
+    return LegacyLogprobs.model_construct(
+        tokens=tokens, token_logprobs=[e.logprob for e in entries], top_logprobs=top, text_offset=offsets
+    )
+
+
+def _head(answer: Answer, id: str, object: str) -> dict[str, Any]:
+    return {"id": id, "object": object, "created": answer.created, "model": answer.loaded.id}

@@ -17,7 +17,7 @@ from server.settings import Settings
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """The id of the request being served in this context; empty outside one."""
 
-_OURS = ("puzzles", "attribution", "server", "clients")
+_OURS = ("sightline", "puzzles", "attribution", "server", "clients")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "request_id", "color_message"}
 
 
@@ -59,8 +59,8 @@ class TextFormatter(logging.Formatter):
 def configure(settings: Settings) -> None:
     """Send the log of this process to stderr, and to `settings.log_file` too if there is one.
 
-    Called again, it replaces what it set up before and leaves the handlers of others alone. Libraries are heard
-    from `warning` on, whatever the level. The file is opened anew when it is rotated away.
+    Called again, it replaces what it set up before and leaves the handlers of others alone. Libraries are
+    heard from `warning` on, whatever the level. The file is opened anew when it is rotated away.
 
     Raises:
         OSError: the log file cannot be opened.

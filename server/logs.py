@@ -10,7 +10,7 @@ import logging.handlers
 import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any, Literal, TextIO
+from typing import Any
 
 from server.settings import Settings
 
@@ -65,10 +65,12 @@ def configure(settings: Settings) -> None:
     Raises:
         OSError: the log file cannot be opened.
     """
-    handlers: list[logging.Handler] = [_marked(logging.StreamHandler(sys.stderr), settings, sys.stderr)]
+    handlers: list[logging.Handler] = [
+        _marked(logging.StreamHandler(sys.stderr), settings, terminal=sys.stderr.isatty())
+    ]
     if settings.log_file is not None:
         to_file = logging.handlers.WatchedFileHandler(settings.log_file, encoding="utf-8")
-        handlers.append(_marked(to_file, settings, None))
+        handlers.append(_marked(to_file, settings, terminal=False))
     root = logging.getLogger()
     for handler in list(root.handlers):
         if getattr(handler, "sightline", False):
@@ -81,11 +83,11 @@ def configure(settings: Settings) -> None:
         logging.getLogger(name).setLevel(settings.log_level.upper())
 
 
-def _marked(handler: logging.Handler, settings: Settings, stream: TextIO | None) -> logging.Handler:
+def _marked(handler: logging.Handler, settings: Settings, *, terminal: bool) -> logging.Handler:
     """`handler` with the formatter that fits where it writes, marked as ours."""
-    wanted: Literal["auto", "json", "text"] = settings.log_format
+    wanted = settings.log_format
     if wanted == "auto":
-        wanted = "text" if stream is not None and stream.isatty() else "json"
+        wanted = "text" if terminal else "json"
     handler.setFormatter(JsonFormatter() if wanted == "json" else TextFormatter())
     handler.__dict__["sightline"] = True
     return handler

@@ -78,7 +78,8 @@ class Settings(BaseSettings):
     )
     device: str = Field("auto", description="Where models are put: auto, cpu, cuda or cuda:N.")
     dtype: str = Field(
-        "auto", description="Number type of the weights: auto (the checkpoint's), float32, bfloat16, …"
+        "auto",
+        description="Number type of the weights: auto, float32, float64, bfloat16 or float16.",
     )
     attn_implementation: str | None = Field(None, description="Attention implementation: sdpa or eager.")
     revision: str | None = Field(None, description="Revision of the model on the hub.")

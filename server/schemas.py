@@ -2,7 +2,16 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from attribution.errors import InvalidRequest, UnsupportedParameter
 from server.generation.sampling import SamplingParams
@@ -26,7 +35,22 @@ _UNSUPPORTED = (
     "prompt_cache_retention reasoning_effort safety_identifier suffix verbosity web_search_options"
 ).split()
 
+# what a reply has beside OpenAI's fields, and null or empty ones: clients send an answer back as they got it
+_OF_A_REPLY = frozenset({"run_id", "session_id", "activation_files", "activations_meta", "annotations"})
+
 _Text = Annotated[str, Field(max_length=4_000_000)]
+
+
+def _one_of(param: str, kinds: str) -> WrapValidator:
+    """Say what a field with several shapes takes, in place of one error per shape."""
+
+    def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError as error:
+            raise InvalidRequest(f"{param} is {kinds}; found {str(value)[:80]!r}", param=param) from error
+
+    return WrapValidator(check)
 
 
 class Strict(BaseModel):
@@ -40,7 +64,7 @@ class SavepointBody(Strict):
 
     name: str
     selector: str
-    positions: str | dict[str, int | None] | None = None
+    positions: Any = None
     dtype: str | None = None
 
     def spec(self) -> SavepointSpec:
@@ -68,7 +92,10 @@ class GenerationBody(Strict):
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Annotated[
+        str | Annotated[list[str], Field(max_length=16)] | None,
+        _one_of("stop", "a string or up to 16 of them"),
+    ] = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -134,6 +161,17 @@ class TextPart(Strict):
     type: Literal["text"]
     text: _Text
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_other_kinds(cls, data: Any) -> Any:
+        kind = data.get("type") if isinstance(data, dict) else None
+        if kind not in (None, "text"):
+            raise UnsupportedParameter(
+                f"content parts of type {kind!r} are not supported; send parts of type 'text'",
+                param="messages",
+            )
+        return data
+
 
 class ChatMessage(BaseModel):
     """One message. Fields of assistant and tool messages go to the chat template as they are."""
@@ -141,12 +179,22 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: _Text | list[TextPart] | None = None
+    content: Annotated[
+        _Text | list[TextPart] | None,
+        _one_of("messages", "a list whose 'content' is text or a list of text parts"),
+    ] = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     refusal: None = None
     reasoning_content: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_a_reply_adds(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("role") != "assistant":
+            return data
+        return {k: v for k, v in data.items() if v is not None and k not in _OF_A_REPLY}
 
     @model_validator(mode="after")
     def _has_content(self) -> "ChatMessage":
@@ -189,7 +237,10 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: _Text | list[int] | list[_Text] | list[list[int]]
+    prompt: Annotated[
+        _Text | list[int] | list[_Text] | list[list[int]],
+        _one_of("prompt", "a string, token ids, or a list of either"),
+    ]
     max_tokens: int = Field(16, ge=0)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)

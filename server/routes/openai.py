@@ -1,6 +1,7 @@
 """The OpenAI routes: chat, completions and the list of models."""
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -68,6 +69,12 @@ def _templated(loaded: LoadedModel, body: ChatBody) -> list[int]:
     template = tokenizer.chat_template
     if template is None:
         raise InvalidRequest(f"{loaded.id!r} has no chat template; use /v1/completions", param="messages")
+    own = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents", "kwargs"}
+    if taken := own & set(body.chat_template_kwargs):
+        raise InvalidRequest(
+            f"chat_template_kwargs are variables of the template; {', '.join(sorted(taken))} cannot be set there",
+            param="chat_template_kwargs",
+        )
     if body.tools and "tools" not in str(template):
         raise InvalidRequest(f"the chat template of {loaded.id!r} has no place for tools", param="tools")
     try:

@@ -59,7 +59,7 @@ def sliding_window(model: TracedModel, layer: int) -> int | None:
 
 def _rotate(
     model: TracedModel, attention: torch.nn.Module, q: Tensor, k: Tensor, query_positions: Tensor
-) -> tuple[Float[Tensor, "heads query d_head"], Float[Tensor, "heads key d_head"]]:
+) -> tuple[Float[Tensor, "heads query d_head"], Float[Tensor, "kv_heads key d_head"]]:
     query, key = q.transpose(0, 1), k.transpose(0, 1)
     rotary = getattr(model.module.get_decoder(), "rotary_emb", None)
     if rotary is None:

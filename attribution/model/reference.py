@@ -19,14 +19,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from attribution.model.capture import Stream, read_site
+from attribution.model.capture import Stream
 from attribution.model.decode import Fed
 from attribution.model.traced import LOGITS, Site, TracedModel, first_tensor
 
-# an open loop over the steps ends by asking for one more: that is how it is meant to end
-warnings.filterwarnings(
-    "ignore", message=".*was never reached: the loop asked for a step", category=UserWarning
-)
+_END_OF_LOOP = ".*was never reached: the loop asked for a step"
 
 Take = Callable[[Fed], int | None]
 
@@ -87,6 +84,9 @@ def generate(
         streams: what to capture.
         take: called after every forward with what it gave; returns the next token, or None to stop.
     """
+    # An open loop over the steps ends by asking for one more: that is how it is meant to end. Set at every
+    # call, for the filters may have been changed since; not by catch_warnings, which is not made for threads.
+    warnings.filterwarnings("ignore", message=_END_OF_LOOP, category=UserWarning)
     streams = list(streams)
     steps = _Steps(model, streams, len(prompt), tail, take)
     wanted = {site for stream in streams for site in stream.sites} | {LOGITS}
@@ -102,7 +102,7 @@ def generate(
     }
     with torch.no_grad(), model.envoy.generate(**options) as tracer:
         with tracer.invoke(input_ids=ids, attention_mask=torch.ones_like(ids)):
-            result = nnsight.save(tracer.result)
+            nnsight.save(tracer.result)
         for site, envoy in sites:
             with tracer.invoke():
                 for _ in tracer.all():

@@ -84,7 +84,9 @@ class Sampler:
 
     def _draw(self, logits: Tensor) -> int:
         params = self.params
-        probs = torch.softmax(logits.double() / params.temperature, dim=-1)
+        logits = logits.double()
+        # the largest becomes 0 before the division, which nothing can then carry out of range
+        probs = torch.softmax((logits - logits.max()) / params.temperature, dim=-1)
         tokens: Tensor | None = None
         if params.top_k > 0:
             probs, tokens = probs.topk(min(params.top_k, len(probs)))

@@ -1,4 +1,4 @@
-"""What the tests of the server share: apps in process, the OpenAI SDK on them, and plain transformers as the oracle."""
+"""What the tests of the server share: apps in process, the OpenAI SDK on them, plain transformers as oracle."""
 
 import json
 import threading

@@ -94,8 +94,8 @@ def test_the_end_token_of_the_tokenizer_ends_a_chat_too(house: Served, qwen: str
 
 
 def test_of_generation_config_only_the_end_tokens_are_used(ending):
-    """Its temperature and top_k would make every choice the greedy one, its max_new_tokens three tokens long."""
-    served, model, greedy = ending
+    """Its temperature and top_k would make all choices greedy, its max_new_tokens three tokens long."""
+    served, model, _ = ending
     answer = served.chat(model, n=8, seed=1, max_tokens=4, ignore_eos=True, savepoints=LAST_LOGITS)
     made = [served.generated(answer, choice) for choice in range(8)]
     assert {len(tokens) for tokens in made} == {4}
@@ -156,7 +156,7 @@ def test_of_several_stop_strings_the_first_to_come_counts(house: Served, told):
 
 
 def test_a_stop_string_that_does_not_come_changes_nothing(house: Served, told):
-    text, tokens = told
+    text, _ = told
     # the text's last characters, and one that does not follow: held back to the end, then sent
     answer = _readable(house, stop=[text[-6:] + "\x01"])
     assert answer.choices[0].message.content == text

@@ -99,7 +99,8 @@ TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     "{{ m['role'] }}:{{ m['content'] }}"
     "{% for c in m['tool_calls'] or [] %}<{{ c['function']['name'] }}>{% endfor %}"
-    "{% if m['tool_call_id'] %}#{{ m['tool_call_id'] }}{% endif %}{% if m['name'] %}@{{ m['name'] }}{% endif %};"
+    "{% if m['tool_call_id'] %}#{{ m['tool_call_id'] }}{% endif %}"
+    "{% if m['name'] %}@{{ m['name'] }}{% endif %};"
     "{% endfor %}"
     "{% if enable_thinking is defined and not enable_thinking %}no thinking{% endif %}"
 )

@@ -48,6 +48,7 @@ def tiny_model(family: str, seed: int = 0, **config_changes: Any) -> Any:
         "eos_token_id": None,
         "bos_token_id": None,
         "pad_token_id": None,
+        "tie_word_embeddings": False,  # tied, a random model says the same token over and over
     }
     sizes = {
         "hidden_size": D_MODEL,

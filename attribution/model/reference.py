@@ -46,7 +46,7 @@ class _Stop(StoppingCriteria):
     def __init__(self, steps: "_Steps") -> None:
         self.steps = steps
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
         """Called by transformers after each token; one flag per row."""
         return torch.tensor([self.steps.stopped], device=input_ids.device)
 

@@ -1,8 +1,8 @@
-"""Oracles: what a plain transformers model computes, seen by PyTorch hooks and by its own attention function.
+"""Oracles: what a plain transformers model computes, seen by PyTorch hooks and by its own attention.
 
-Nothing here knows nnsight or Sightline's table of points. q and k before rotary are what `apply_rotary_pos_emb`
-is given; v, z and the pattern are what the eager attention takes and returns; the stream is the hidden states.
-attn_out is what the attention returns (Gemma 2: normed, by hand); mid = pre + attn_out, mlp_out = post − mid.
+Nothing here knows nnsight or Sightline's table of points. q and k are what `apply_rotary_pos_emb` is given;
+v, z and the pattern are what the eager attention takes and returns; the stream is the hidden states. attn_out
+is what the attention returns (Gemma 2: normed, by hand); mid = pre + attn_out and mlp_out = post − mid.
 """
 
 import sys

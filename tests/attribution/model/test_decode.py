@@ -1,0 +1,249 @@
+"""The step loop and the reference path, against transformers' own generation and a plain forward."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from attribution.model.capture import Stream
+from attribution.model.decode import DecodeBatch, Fed, Prefill
+from attribution.model.reference import generate
+from attribution.model.resolve import resolve
+from attribution.model.traced import TracedModel
+from tests.attribution.plain import distance, greedy, prompts_of, watch
+from tests.attribution.running import Watcher, reference, step_loop
+from tests.models import FAMILIES, VOCAB, tiny_model, traced
+
+NAMES = ("resid_pre", "resid_post", "k", "z", "mlp_out")
+
+
+class Collector(Watcher):
+    """Keeps every row of some points in all layers, and the logits."""
+
+    def __init__(self, model: TracedModel, prompt: list[int], limit: int, tail: int = 1) -> None:
+        super().__init__(prompt, limit, tail)
+        self.streams = {name: resolve(model, f"{name}[*]").streams[0] for name in NAMES}
+        self.pieces: dict[str, list[Tensor]] = {name: [] for name in NAMES}
+        self.logits: list[Tensor] = []
+
+    def wanted(self, start: int, stop: int) -> set[Stream]:
+        return set(self.streams.values()) if start < stop else set()
+
+    def see(self, fed: Fed, row: int) -> None:
+        self.logits.append(fed.logits[row])
+        for name, stream in self.streams.items():
+            rows = fed.captured[stream][:, row]
+            real = min(rows.shape[1], max(fed.ends[row], 0))
+            self.pieces[name].append(rows[:, rows.shape[1] - real :])
+
+    def check(self, family: str) -> None:
+        """Tokens exactly, logits and activations closely, row for row."""
+        plain = tiny_model(family)
+        tokens, logits = greedy(plain, self.prompt, self.limit)
+        assert self.tokens == tokens
+        assert distance(torch.stack([piece[-1] for piece in self.logits])[-self.limit :], logits) < 1e-5
+        fed = self.prompt + tokens[:-1]
+        expected = watch(plain, fed)
+        for name in NAMES:
+            found = torch.cat(self.pieces[name], dim=1)
+            assert found.shape[1] == len(self.prompt) + self.limit - 1
+            assert distance(found, expected[name][:, 0]) < 1e-5, name
+
+
+def collectors(family: str, lengths: list[int], limits: list[int]) -> list[Collector]:
+    model = traced(family)
+    return [
+        Collector(model, prompt, limit) for prompt, limit in zip(prompts_of(lengths), limits, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_that_join_and_leave_at_different_steps_get_what_they_get_alone(family: str) -> None:
+    a, b, c, d, e = collectors(family, [9, 3, 17, 1, 6], [6, 9, 4, 12, 1])
+    # e ends at its prefill; c is longer than all that are there, d joins last and stays longest
+    step_loop(traced(family), [[a, b], [], [c], [e, d]])
+    for sequence in (a, b, c, d, e):
+        sequence.check(family)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 16, 17])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_fed_in_pieces_that_do_not_divide_them_get_what_they_get_alone(
+    family: str, chunk: int
+) -> None:
+    group = collectors(family, [17, 3, 11], [3, 5, 4])
+    step_loop(traced(family), [group], chunk)
+    for sequence in group:
+        sequence.check(family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reference_path_gives_what_transformers_gives(family: str) -> None:
+    sequences = collectors(family, [9, 1], [5, 7])
+    reference(traced(family), sequences)
+    for sequence in sequences:
+        sequence.check(family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_step_loop_and_the_reference_path_agree(family: str) -> None:
+    lengths, limits = [8, 12, 2], [5, 3, 7]
+    steps, single = (collectors(family, lengths, limits) for _ in range(2))
+    step_loop(traced(family), [steps[:2], steps[2:]], chunk=5)
+    reference(traced(family), single)
+    for one, other in zip(steps, single, strict=True):
+        assert one.tokens == other.tokens
+        for name in NAMES:
+            assert distance(torch.cat(one.pieces[name], 1), torch.cat(other.pieces[name], 1)) < 1e-5
+
+
+def test_a_generation_is_not_the_same_token_over_and_over() -> None:
+    # else the tests above could not tell one step from the next
+    for family in FAMILIES:
+        tokens, _ = greedy(tiny_model(family), prompts_of([9])[0], 12)
+        assert len(set(tokens)) > 4, family
+
+
+def test_a_long_generation_stays_right() -> None:
+    group = collectors("gemma2", [21, 5], [40, 60])
+    step_loop(traced("gemma2"), [group], chunk=8)
+    for sequence in group:
+        sequence.check("gemma2")
+
+
+@pytest.mark.parametrize("path", [step_loop, reference])
+def test_logits_of_the_prompts_tail_are_given_with_the_prompt(path: Callable[..., None]) -> None:
+    model = traced("qwen3")
+    (prompt,) = prompts_of([9])
+    sequence = Collector(model, prompt, 3, tail=4)
+    path(model, [[sequence]] if path is step_loop else [sequence])
+    assert [len(piece) for piece in sequence.logits] == [4, 1, 1]
+    expected = watch(tiny_model("qwen3"), prompt)["logits"][0, -4:]
+    assert distance(sequence.logits[0], expected) < 1e-5
+
+
+def test_of_a_prompt_fed_in_pieces_only_the_columns_of_its_tail_get_logits() -> None:
+    model = traced("qwen3")
+    (prompt,) = prompts_of([11])
+    expected = watch(tiny_model("qwen3"), prompt)["logits"][0]
+    prefill, shapes = Prefill(model, [prompt]), []
+    while not prefill.done:
+        fed = prefill.advance(4, 6, [])
+        kept = fed.logits.shape[1]
+        shapes.append(kept)
+        assert distance(fed.logits[0], expected[fed.ends[0] - kept : fed.ends[0]]) < 1e-5
+    # the tail is positions 5 to 10; pieces end at 4, 8 and 11; a piece without tail still gets one row
+    assert shapes == [1, 3, 3]
+
+
+def test_the_ends_of_a_padded_prefill_count_only_real_tokens() -> None:
+    prefill, ends = Prefill(traced("qwen2"), prompts_of([7, 2, 4])), []
+    while not prefill.done:
+        ends.append(prefill.advance(3, 1, []).ends)
+    # 7 columns in pieces of 3: 3, 6, 7; rows of 2 and 4 tokens start at columns 5 and 3
+    assert ends == [[3, -2, 0], [6, 1, 3], [7, 2, 4]]
+
+
+def test_only_the_rows_named_join_and_stay_in_the_order_named() -> None:
+    model, prompts = traced("llama"), prompts_of([5, 8, 3, 6])
+    prefill = Prefill(model, prompts)
+    fed = prefill.advance(100, 1, [])
+    first = [int(row[-1].argmax()) for row in fed.logits]
+    batch = DecodeBatch(model)
+    batch.join(prefill, [3, 0, 2])
+    assert batch.lengths == [6, 5, 3]
+    batch.keep([2, 0])
+    assert batch.lengths == [3, 6]
+    fed = batch.step([first[2], first[3]], [])
+    assert fed.ends == [4, 7]
+    for row, index in enumerate((2, 3)):
+        expected = watch(tiny_model("llama"), [*prompts[index], first[index]])["logits"][0, -1]
+        assert distance(fed.logits[row, -1], expected) < 1e-5
+
+
+def test_columns_that_are_padding_for_all_are_cut() -> None:
+    model, prompts = traced("qwen2"), prompts_of([20, 4, 6])
+    prefill = Prefill(model, prompts)
+    prefill.advance(100, 1, [])
+    batch = DecodeBatch(model)
+    batch.join(prefill, [0, 1, 2])
+    stream = resolve(model, "k[0]").streams[0]
+    batch.step([1, 2, 3], [stream])
+    assert batch._mask.shape == (3, 21)
+    batch.keep([1, 2])
+    assert batch._mask.shape == (2, 7)
+    assert all(layer.keys.shape[2] == 7 for layer in batch._cache.layers)
+
+
+def test_a_batch_that_everybody_left_takes_new_sequences() -> None:
+    model = traced("qwen2")
+    first, second = collectors("qwen2", [12, 5], [3, 6])
+    step_loop(model, [[first], [], [], [], [second]])
+    second.check("qwen2")
+
+
+def test_a_prefill_of_which_nobody_joins_leaves_the_batch_as_it_was() -> None:
+    model = traced("qwen2")
+    stays, prompts = collectors("qwen2", [5], [6])[0], prompts_of([9, 2])
+    batch = DecodeBatch(model)
+    mine = Prefill(model, [stays.prompt])
+    stays.choose(mine.advance(100, 1, stays.wanted(0, 5)), 0)
+    batch.join(mine, [0])
+    other = Prefill(model, prompts)
+    other.advance(100, 1, [])
+    batch.join(other, [])
+    while len(stays.tokens) < 6:
+        stays.choose(batch.step([stays.tokens[-1]], stays.wanted(0, 1)), 0)
+    stays.check("qwen2")
+
+
+def test_the_reference_path_stops_when_it_is_told_to() -> None:
+    model, (prompt,) = traced("qwen3"), prompts_of([5])
+    ends: list[int] = []
+
+    def take(fed: Fed) -> int | None:
+        ends.append(fed.ends[0])
+        return None if len(ends) == 3 else 7
+
+    generate(model, prompt, 50, 1, [], take)
+    assert ends == [5, 6, 7]
+
+
+def test_the_reference_path_feeds_the_tokens_that_take_chose() -> None:
+    model, (prompt,) = traced("qwen3"), prompts_of([5])
+    chosen, seen = [VOCAB - 1, 0, 17], []
+
+    def take(fed: Fed) -> int | None:
+        seen.append(fed.logits[0, -1])
+        return chosen[len(seen) - 1] if len(seen) <= 3 else None
+
+    generate(model, prompt, 4, 1, [], take)
+    expected = watch(tiny_model("qwen3"), prompt + chosen)["logits"][0, 4:]
+    assert distance(torch.stack(seen), expected) < 1e-5
+
+
+def test_an_error_of_the_one_who_takes_leaves_the_reference_path_usable() -> None:
+    model = traced("qwen3")
+
+    def take(fed: Fed) -> int | None:
+        raise LookupError("the one who takes has failed")
+
+    with pytest.raises(LookupError, match="the one who takes has failed"):
+        generate(model, prompts_of([5])[0], 4, 1, [], take)
+    (sequence,) = collectors("qwen3", [5], [4])
+    reference(model, [sequence])
+    sequence.check("qwen3")
+
+
+def test_an_end_token_does_not_end_the_reference_path_by_itself() -> None:
+    # what ends a sequence is the caller's: it may ask for more (ignore_eos)
+    model, (prompt,) = traced("qwen3"), prompts_of([5])
+    end, taken = next(iter(model.end_token_ids)), []
+
+    def take(fed: Fed) -> int | None:
+        taken.append(fed.ends[0])
+        return end
+
+    generate(model, prompt, 4, 1, [], take)
+    assert taken == [5, 6, 7, 8]

@@ -5,6 +5,7 @@ for everything else. Nothing heavy is imported before a command needs it, so tha
 """
 
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -24,10 +25,11 @@ from server.commands.serve import serve
 class OneLineErrors(TyperGroup):
     """A group of commands that never answers with a traceback where the reason is known."""
 
-    def main(self, *args: Any, **options: Any) -> Any:
-        """Run a command and end the process."""
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> NoReturn:
+        """Run a command and end the process; nothing typed asks for help."""
+        given = list(sys.argv[1:] if args is None else args)
         try:
-            code = super().main(*args, **options | {"standalone_mode": False})
+            code = super().main(given or ["--help"], *rest, **options | {"standalone_mode": False})
         except TyperException as error:
             _fail(error.format_message(), error.exit_code)
         except SightlineError as error:
@@ -43,7 +45,6 @@ class OneLineErrors(TyperGroup):
 app = typer.Typer(
     name="sightline",
     cls=OneLineErrors,
-    help="Serve a language model and open it up: every named activation on disk when the answer arrives.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -52,16 +53,21 @@ for command in (serve, models, runs, inspect):
     app.command()(command)
 
 
-@app.callback(invoke_without_command=True)
+def _say_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"sightline {version('sightline')}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
 def start(
-    context: typer.Context,
-    show_version: Annotated[bool, typer.Option("--version", help="Say which version this is.")] = False,
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Say which version this is."),
+    ] = False,
 ) -> None:
     """Serve a language model and open it up: every named activation on disk when the answer arrives."""
-    if show_version:
-        typer.echo(f"sightline {version('sightline')}")
-    elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
 
 
 @app.command()

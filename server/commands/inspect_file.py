@@ -58,7 +58,7 @@ def load_tensors(file: Path) -> dict[str, "Tensor"]:
         raise NotFound(f"there is no file {str(file)!r}", param="file")
     try:
         if file.suffix == ".safetensors":
-            return safetensors.torch.load_file(file)
+            return dict(sorted(safetensors.torch.load_file(file).items()))
         loaded = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, safetensors.SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]

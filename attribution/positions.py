@@ -51,7 +51,8 @@ def parse_window(value: object) -> Window:
             f'positions is one of {", ".join(NAMED)} or {{"start", "stop", "step"}}; found {value!r}',
             param="positions",
         )
-    start, stop, step = value.get("start") or 0, value.get("stop"), value.get("step", 1)
+    given = {"start": 0, "stop": None, "step": 1} | {k: v for k, v in value.items() if v is not None}
+    start, stop, step = given["start"], given["stop"], given["step"]
     for name, number, least in (("start", start, 0), ("stop", stop, 1), ("step", step, 1)):
         if name == "stop" and number is None:
             continue

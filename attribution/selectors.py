@@ -31,9 +31,9 @@ SIDES = ("output", "input")
 
 Index = int | slice
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*|\d+")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*|[0-9]+")
 _BRACKET = re.compile(r"\[([^\[\]]*)\]")
-_INT = re.compile(r"-?\d+")
+_INT = re.compile(r"-?[0-9]+")
 _MAX_LENGTH = 300
 
 
@@ -68,7 +68,7 @@ def parse_selector(text: str) -> Selector:
         raise BadSelector(
             f"a selector has 1 to {_MAX_LENGTH} characters, this one has {len(text)}", param="selector"
         )
-    name = re.match(r"[A-Za-z_]+", text)
+    name = _NAME.match(text)
     if name and name.group() in POINTS and not text[name.end() :].startswith("."):
         return _parse_point(text, name.group())
     return _parse_module(text)

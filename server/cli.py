@@ -100,3 +100,7 @@ def main() -> None:
 def _fail(message: str, code: int) -> NoReturn:
     typer.echo(f"sightline: {' '.join(message.split())}", err=True)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

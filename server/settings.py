@@ -154,6 +154,11 @@ def load_settings(**given: Any) -> Settings:
         raise InvalidRequest("; ".join(_explain(error, given, in_env, in_file))) from error
 
 
+def clean_environment() -> dict[str, str]:
+    """The environment of this process without its settings, for a child that is to have its own."""
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)}
+
+
 def refuse_open_host(settings: Settings) -> None:
     """Refuse to listen where other machines can reach a server that asks for no key.
 

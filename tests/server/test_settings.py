@@ -6,7 +6,15 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from attribution.errors import InvalidRequest
-from server.settings import ENV_PREFIX, Settings, is_loopback, load_settings, refuse_open_host, show_value
+from server.settings import (
+    ENV_PREFIX,
+    Settings,
+    clean_environment,
+    is_loopback,
+    load_settings,
+    refuse_open_host,
+    show_value,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,6 +133,13 @@ def test_the_word_none_takes_a_bound_away(monkeypatch: pytest.MonkeyPatch):
     assert load_settings().activations_max_bytes == 20 * 2**30
     monkeypatch.setenv("SIGHTLINE_ACTIVATIONS_MAX_BYTES", "none")
     assert load_settings().activations_max_bytes is None
+
+
+def test_a_child_process_can_be_given_an_environment_without_settings(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SIGHTLINE_PORT", "1")
+    monkeypatch.setenv("SIGHTLESS", "2")
+    environment = clean_environment()
+    assert ("SIGHTLINE_PORT" in environment, environment["SIGHTLESS"]) == (False, "2")
 
 
 def test_a_model_and_no_model_exclude_each_other():

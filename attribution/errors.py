@@ -15,7 +15,9 @@
     ├── ModelLoadFailed                 422 model_load_failed
     ├── QueueFull                       429 queue_full
     ├── Cancelled                       499 cancelled
+    ├── NotFinite                       500 not_finite
     ├── ShuttingDown                    503 shutting_down
+    ├── OutOfMemory                     503 out_of_memory
     └── StorageFailed                   507 storage_failed
 
 A message says what was wrong, what was found and what to do. Errors cross the wire as
@@ -141,11 +143,24 @@ class Cancelled(SightlineError):
     type = "cancelled_error"
 
 
+class NotFinite(SightlineError):
+    """The model computed NaN where a token was to be chosen: nothing that follows would mean anything."""
+
+    code = "not_finite"
+
+
 class ShuttingDown(SightlineError):
     """The server or this model is stopping and takes no new work."""
 
     status = 503
     code = "shutting_down"
+
+
+class OutOfMemory(SightlineError):
+    """The device has no memory for this piece of work; what was under way was dropped, and the server goes on."""
+
+    status = 503
+    code = "out_of_memory"
 
 
 class StorageFailed(SightlineError):

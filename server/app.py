@@ -1,5 +1,6 @@
 """The app factory: everything is made here and handed down, nothing is global."""
 
+import asyncio
 import logging
 import secrets
 import time
@@ -26,8 +27,9 @@ from server.runs import RunStore
 from server.settings import Settings
 from server.state import State
 
-OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/health"})
 log = logging.getLogger("sightline.http")
+_SWEEP_SECONDS = 60
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -66,8 +68,20 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             trust_remote_code=settings.trust_remote_code,
         )
         await state.registry.load(spec)
+    sweeper = asyncio.create_task(_sweep(state.runs))
     yield
+    sweeper.cancel()
     await state.registry.close()
+
+
+async def _sweep(store: RunStore) -> None:
+    """Delete the runs that have grown too old, also while nothing is written."""
+    while True:
+        try:
+            await asyncio.to_thread(store.retain)
+        except SightlineError as error:
+            log.error("old runs could not be deleted", extra={"reason": error.message})
+        await asyncio.sleep(_SWEEP_SECONDS)
 
 
 class Gate:
@@ -148,7 +162,9 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     if first["type"] == "extra_forbidden":
         return _reply(InvalidRequest(f"unknown field {where!r}", param=where))
     if isinstance(first.get("input"), bytes):
-        return _reply(InvalidRequest("the body was not read as JSON; send it with 'Content-Type: application/json'"))
+        return _reply(
+            InvalidRequest("the body was not read as JSON; send it with 'Content-Type: application/json'")
+        )
     found = "" if first["type"] == "missing" else f"; found {str(first.get('input'))[:80]!r}"
     return _reply(InvalidRequest(f"{where or 'the body'}: {first['msg']}{found}", param=where or None))
 

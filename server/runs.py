@@ -98,7 +98,7 @@ class RunStore:
         size = _size(self.root / run_id)
         with self._lock:
             self._known[run_id] = (time.time(), size)
-        self._retain(run_id)
+        self.retain(run_id)
         return size
 
     def summaries(self) -> list[dict[str, Any]]:
@@ -166,8 +166,8 @@ class RunStore:
         except OSError as error:
             raise StorageFailed(f"the directory of runs {self.root} cannot be read: {error}") from error
 
-    def _retain(self, newest: str) -> None:
-        """Delete the oldest runs until the rest keeps to the bounds; never the newest."""
+    def retain(self, newest: str | None = None) -> None:
+        """Delete the oldest runs until the rest keeps to the bounds; never the one just written."""
         with self._lock:
             old = sorted(
                 (item for item in self._known.items() if item[0] != newest), key=lambda item: item[1]

@@ -1,5 +1,6 @@
 """The bodies of the OpenAI routes. What OpenAI knows and Sightline does not serve is refused by name."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -7,7 +8,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    ValidatorFunctionWrapHandler,
     WrapValidator,
     field_validator,
     model_validator,
@@ -44,7 +44,7 @@ _Text = Annotated[str, Field(max_length=4_000_000)]
 def _one_of(param: str, kinds: str) -> WrapValidator:
     """Say what a field with several shapes takes, in place of one error per shape."""
 
-    def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    def check(value: Any, validate: Callable[[Any], Any]) -> Any:
         try:
             return validate(value)
         except ValidationError as error:

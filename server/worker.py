@@ -12,7 +12,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from attribution.errors import InvalidRequest, QueueFull, ShuttingDown, SightlineError
+import torch
+
+from attribution.errors import InvalidRequest, OutOfMemory, QueueFull, ShuttingDown, SightlineError
 from attribution.model.traced import TracedModel
 from server.generation.engine import Engine
 from server.generation.sequence import Sequence
@@ -123,7 +125,7 @@ class ModelWorker:
             return
         try:
             future.set_result(job())
-        except BaseException as error:  # noqa: BLE001  it belongs to whoever submitted the job
+        except BaseException as error:
             future.set_exception(error)
 
     def _take_turn(self) -> None:
@@ -133,6 +135,12 @@ class ModelWorker:
             return
         try:
             engine.turn()
+        except torch.OutOfMemoryError as error:
+            log.exception("a step of generation ran out of memory", extra={"model": self.name})
+            engine.fail(
+                OutOfMemory(f"{self.name!r} ran out of memory: {error}; ask for less, or lower --max-batch")
+            )
+            torch.cuda.empty_cache()
         except Exception as error:
             log.exception("a step of generation failed", extra={"model": self.name})
             engine.fail(SightlineError(f"generation failed on the server: {type(error).__name__}: {error}"))

@@ -16,23 +16,27 @@ from attribution.model.capture import Batch, Stream, forward
 from attribution.model.families import Place
 from attribution.model.pattern import pattern
 from attribution.model.resolve import stream_of
-from attribution.model.traced import Seen, Site, TracedModel, first_tensor
+from attribution.model.traced import PROBE_ROWS, PROBE_TOKENS, Seen, Site, TracedModel, first_tensor
 
-_ROWS, _TOKENS, _KEEP = 2, 7, 3
+_KEEP = 3
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def probe_batch(model: TracedModel, rows: int) -> Batch:
     """A few rows of distinct tokens."""
-    ids = (torch.arange(rows * _TOKENS) * 7 + 11).remainder(model.dimensions.d_vocab).view(rows, _TOKENS)
-    positions = torch.arange(_TOKENS).expand(rows, -1)
+    ids = (
+        (torch.arange(rows * PROBE_TOKENS) * 7 + 11)
+        .remainder(model.dimensions.d_vocab)
+        .view(rows, PROBE_TOKENS)
+    )
+    positions = torch.arange(PROBE_TOKENS).expand(rows, -1)
     device = model.device
     return Batch(ids.to(device), torch.ones_like(ids).to(device), positions.to(device), None, _KEEP)
 
 
 def probe(model: TracedModel) -> dict[Site, Seen]:
     """Run one forward and record the tensors at the input and output of every module."""
-    batch = probe_batch(model, _ROWS)
+    batch = probe_batch(model, PROBE_ROWS)
     with torch.no_grad():
         with model.envoy.trace(
             input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, logits_to_keep=_KEEP
@@ -53,8 +57,8 @@ def probe(model: TracedModel) -> dict[Site, Seen]:
 
 def _seen(tensor: Tensor) -> Seen:
     shape = tuple(tensor.shape)
-    for tokens, tail in ((_TOKENS, False), (_KEEP, True)):
-        if shape[:2] == (_ROWS, tokens):
+    for tokens, tail in ((PROBE_TOKENS, False), (_KEEP, True)):
+        if shape[:2] == (PROBE_ROWS, tokens):
             return Seen(shape[2:], tensor.dtype, True, tail)
     return Seen(shape, tensor.dtype, False, False)
 
@@ -84,7 +88,7 @@ def _wrong_shape(model: TracedModel, values: dict[str, Tensor]) -> str | None:
     heads, kv = (dims.n_heads, dims.d_head), (dims.n_kv_heads, dims.d_head)
     widths = {"q": heads, "z": heads, "k": kv, "v": kv}
     for name, value in values.items():
-        expected = (dims.n_layers, _TOKENS, *widths.get(name, (dims.d_model,)))
+        expected = (dims.n_layers, PROBE_TOKENS, *widths.get(name, (dims.d_model,)))
         if tuple(value.shape) != expected:
             return f"the point {name} has the shape {list(value.shape)}, expected {list(expected)}"
     return None
@@ -92,7 +96,7 @@ def _wrong_shape(model: TracedModel, values: dict[str, Tensor]) -> str | None:
 
 def _broken_identity(model: TracedModel, values: dict[str, Tensor]) -> str | None:
     group = model.dimensions.n_heads // model.dimensions.n_kv_heads
-    rows = range(_TOKENS)
+    rows = range(PROBE_TOKENS)
     mixed = torch.stack(
         [
             torch.einsum("hqk,khd->qhd", pattern(model, layer, q, k, rows), v.repeat_interleave(group, dim=1))

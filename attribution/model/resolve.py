@@ -8,7 +8,7 @@ import torch
 from attribution.errors import BadSelector
 from attribution.model.capture import Stream
 from attribution.model.families import Place
-from attribution.model.traced import LOGITS, Seen, Site, TracedModel
+from attribution.model.traced import LOGITS, PROBE_ROWS, PROBE_TOKENS, Seen, Site, TracedModel
 from attribution.positions import Window
 from attribution.selectors import Index, ModulePath, Point, parse_selector, pick
 
@@ -76,9 +76,12 @@ def resolve(model: TracedModel, text: str) -> Resolved:
 
 def _resolve_point(model: TracedModel, point: Point) -> Resolved:
     if model.family is None or point.index is None:
+        readable = (
+            site.path for site, seen in model.sites.items() if site.side == "output" and seen.tokenwise
+        )
         raise BadSelector(
             f"{point.text!r}: {model.id} has no points ({model.note}); name modules by their path, as in "
-            f"'{sorted(model.module_names)[0]}.output'",
+            f"'{min(readable, default='lm_head')}.output'",
             param="selector",
         )
     dims = model.dimensions
@@ -169,8 +172,8 @@ def _token_site(model: TracedModel, site: Site, text: str) -> Seen:
         )
     if not seen.tokenwise:
         raise BadSelector(
-            f"{text!r}: the {site.side} of {site.path} is not one row per token (for 2 rows of 3 tokens its shape is "
-            f"{list(seen.shape)})",
+            f"{text!r}: the {site.side} of {site.path} is not one row per token (for {PROBE_ROWS} rows of "
+            f"{PROBE_TOKENS} tokens its shape is {list(seen.shape)})",
             param="selector",
         )
     return seen

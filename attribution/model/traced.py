@@ -23,6 +23,7 @@ class Site(NamedTuple):
 
 
 LOGITS = Site("", "output")
+PROBE_ROWS, PROBE_TOKENS = 2, 7  # of the forward that sees the sites of a model
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 import time
 from collections import deque
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from attribution.errors import SightlineError
 from attribution.model.capture import Stream
@@ -18,6 +18,7 @@ from server.generation.sequence import Sequence
 from server.metrics import Metrics
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Generates. `turn` is one bounded piece of work."""
 

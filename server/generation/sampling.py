@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attribution.errors import NotFinite
+
 _NUCLEUS = 1024
 
 
@@ -54,7 +56,16 @@ class Sampler:
         self._counts: Counter[int] = Counter()
 
     def choose(self, logits: Float[Tensor, " vocab"]) -> int:
-        """The next token from the raw logits of its step."""
+        """The next token from the raw logits of its step.
+
+        Raises:
+            NotFinite: when a logit is NaN.
+        """
+        if logits.isnan().any():
+            raise NotFinite(
+                "the model's logits are NaN: its activations overflow in this dtype, or its weights are damaged; "
+                "load it with dtype bfloat16 or float32"
+            )
         logits = self._adjusted(logits)
         token = int(logits.argmax()) if self.params.temperature == 0 else self._draw(logits)
         self._counts[token] += 1

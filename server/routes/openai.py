@@ -35,8 +35,6 @@ async def chat_completions(request: Request, body: ChatBody) -> Response:
 async def completions(request: Request, body: CompletionBody) -> Response:
     """Completions of raw prompts; with `echo` and `max_tokens: 0` the prompts are only scored."""
     loaded = state_of(request).registry.get(body.model)
-    if body.echo and body.stream:
-        raise InvalidRequest("echo is not available with stream; send one of them", param="echo")
     tokenizer = loaded.model.tokenizer
     prompts = [
         prompt if isinstance(prompt, list) else await asyncio.to_thread(tokenizer.encode, prompt)
@@ -143,6 +141,13 @@ async def _stream(answer: Answer, state: State) -> AsyncIterator[str]:
         async for index, event in answer.events():
             if not isinstance(event, Delta):
                 continue
+            if answer.plan.echo and not sent[index]:
+                sequence = answer.sequences[index]
+                prompt = replies.prompt_text(answer, sequence)
+                yield _event(
+                    replies.completion_chunk(answer, index, prompt, tuple(sequence.prompt_logprobs), 0)
+                )
+                sent[index] = len(prompt)
             if chat:
                 yield _event(replies.chat_chunk(answer, index, {"content": event.text}, event.logprobs))
             else:

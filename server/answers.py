@@ -34,12 +34,20 @@ class Plan:
         limit: the most tokens to generate; None is the rest of the window.
         top_logprobs: alternatives per token; None reports no log-probabilities.
         echo: whether the prompt is part of the answer.
+        prompt_logprobs: alternatives per prompt token; None reports no log-probabilities of the prompt.
     """
 
     prompts: list[list[int]]
     limit: int | None
     top_logprobs: int | None
     echo: bool = False
+    prompt_logprobs: int | None = None
+
+    @property
+    def score_prompt(self) -> int | None:
+        """The most alternatives that anyone asked for per prompt token; None when the prompt is not scored."""
+        asked = [self.prompt_logprobs, self.top_logprobs if self.echo else None]
+        return max((count for count in asked if count is not None), default=None)
 
 
 @dataclass(eq=False)
@@ -141,7 +149,7 @@ class Answer:
             emit=emit,
             recorder=recorder,
             top_logprobs=self.plan.top_logprobs,
-            score_prompt=self.plan.echo and self.plan.top_logprobs is not None,
+            score_prompt=self.plan.score_prompt,
             stream=body.stream,
         )
 

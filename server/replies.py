@@ -97,7 +97,7 @@ def completion_reply(answer: Answer) -> Completion:
     """The reply of `/v1/completions`."""
     choices = [
         completion_choice(
-            answer, index, full_text(answer, sequence), all_logprobs(sequence), sequence.finish_reason
+            answer, index, full_text(answer, sequence), all_logprobs(answer, sequence), sequence.finish_reason
         )
         for index, sequence in enumerate(answer.sequences)
     ]
@@ -132,7 +132,9 @@ def completion_choice(
     offset: int = 0,
 ) -> CompletionChoice:
     """One choice of a completion, or a part of one."""
-    fields = run_fields(answer, index) if finish_reason is not None else {}
+    fields = {}
+    if finish_reason is not None:
+        fields = run_fields(answer, index) | _scored_prompt(answer, index)
     return CompletionChoice.model_construct(
         index=index,
         text=text,
@@ -153,9 +155,31 @@ def prompt_text(answer: Answer, sequence: Sequence) -> str:
     return str(tokenizer.decode(sequence.prompt, clean_up_tokenization_spaces=False))
 
 
-def all_logprobs(sequence: Sequence) -> list[TokenLogprob]:
-    """The log-probabilities of the prompt, when it is scored, and of the completion."""
-    return [*sequence.prompt_logprobs, *sequence.logprobs]
+def all_logprobs(answer: Answer, sequence: Sequence) -> list[TokenLogprob]:
+    """The log-probabilities of the prompt, when it is echoed, and of the completion."""
+    return [*(sequence.prompt_logprobs if answer.plan.echo else ()), *sequence.logprobs]
+
+
+def text_width(answer: Answer, entries: tuple[TokenLogprob, ...]) -> int:
+    """How far the tokens of `entries` move `text_offset` on."""
+    return sum(len(token_text(answer.loaded.model.tokenizer, entry.token_id)) for entry in entries)
+
+
+def _scored_prompt(answer: Answer, index: int) -> dict[str, Any]:
+    """`prompt_logprobs` as vLLM gives them: per token a dictionary by token id, the token itself first."""
+    top = answer.plan.prompt_logprobs
+    if top is None:
+        return {}
+    tokenizer = answer.loaded.model.tokenizer
+    rows: list[dict[str, Any] | None] = []
+    for entry in answer.sequences[index].prompt_logprobs:
+        row = dict([(entry.token_id, entry.logprob), *entry.top[:top]])
+        named = {
+            str(token): {"logprob": logprob, "decoded_token": token_text(tokenizer, token)}
+            for token, logprob in row.items()
+        }
+        rows.append(None if entry.logprob is None else named)
+    return {"prompt_logprobs": rows}
 
 
 def _legacy_logprobs(answer: Answer, entries: list[TokenLogprob], offset: int) -> LegacyLogprobs | None:
@@ -166,7 +190,8 @@ def _legacy_logprobs(answer: Answer, entries: list[TokenLogprob], offset: int) -
     offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
     top: list[dict[str, float] | None] = []
     for entry in entries:
-        alternatives = {token_text(tokenizer, token): logprob for token, logprob in reversed(entry.top)}
+        likeliest = entry.top[: answer.plan.top_logprobs]
+        alternatives = {token_text(tokenizer, token): logprob for token, logprob in reversed(likeliest)}
         top.append(None if entry.logprob is None else alternatives)
     return LegacyLogprobs.model_construct(
         tokens=tokens, token_logprobs=[e.logprob for e in entries], top_logprobs=top, text_offset=offsets

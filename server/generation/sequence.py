@@ -45,7 +45,7 @@ class Sequence:
         limit: the most tokens to generate; 0 only scores the prompt.
         end_ids: tokens that end it.
         top_logprobs: how many alternatives to report per token; None reports no log-probabilities.
-        score_prompt: whether the prompt's own tokens get log-probabilities.
+        score_prompt: how many alternatives to report per prompt token; None does not score the prompt.
         stream: whether text is told as it comes.
         emit: called on the model's thread with every event.
     """
@@ -58,7 +58,7 @@ class Sequence:
     emit: Callable[[Event], None]
     recorder: Recorder | None = None
     top_logprobs: int | None = None
-    score_prompt: bool = False
+    score_prompt: int | None = None
     stream: bool = False
     cancelled: bool = False
 
@@ -80,7 +80,7 @@ class Sequence:
     @property
     def tail(self) -> int:
         """How many positions at the end of the prompt need logits."""
-        asked = len(self.prompt) if self.score_prompt else 1
+        asked = 1 if self.score_prompt is None else len(self.prompt)
         return max(asked, self.recorder.tail if self.recorder else 1)
 
     def wanted(self, start: int, stop: int) -> set[Stream]:
@@ -91,8 +91,8 @@ class Sequence:
         """Take what a forward saw of this sequence, without choosing a token."""
         if self.recorder:
             self.recorder.take(fed, row)
-        if self.score_prompt and fed.ends[row] <= len(self.prompt):
-            self._score(fed, row)
+        if self.score_prompt is not None and fed.ends[row] <= len(self.prompt):
+            self._score(fed, row, self.score_prompt)
 
     def advance(self, fed: Fed, row: int) -> int | None:
         """Take what a forward saw and choose the next token; None when the sequence has ended."""
@@ -103,10 +103,10 @@ class Sequence:
         token = self.sampler.choose(logits)
         self.tokens.append(token)
         self.first_token = self.first_token or time.perf_counter()
-        if token in self.end_ids:
-            return self._end("stop")
         if self.top_logprobs is not None:
             self.logprobs.append(token_logprob(logits, token, self.top_logprobs))
+        if token in self.end_ids:
+            return self._end("stop")
         self.text.push(token)
         if self.text.stopped:
             return self._end("stop")
@@ -141,9 +141,8 @@ class Sequence:
             self._told = len(self.logprobs)
             self.emit(Delta(piece, closed))
 
-    def _score(self, fed: Fed, row: int) -> None:
+    def _score(self, fed: Fed, row: int, top: int) -> None:
         """Log-probabilities of the prompt's tokens: the logits at position p are those of token p + 1."""
-        top = self.top_logprobs or 0
         if not self.prompt_logprobs:
             self.prompt_logprobs.append(TokenLogprob(self.prompt[0], None))
         kept = fed.logits.shape[1]

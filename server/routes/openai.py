@@ -42,7 +42,8 @@ async def completions(request: Request, body: CompletionBody) -> Response:
     ]
     if not prompts:
         raise InvalidRequest("prompt is an empty list", param="prompt")
-    return await _answer(request, loaded, body, Plan(prompts, body.max_tokens, body.logprobs, body.echo))
+    plan = Plan(prompts, body.max_tokens, body.logprobs, body.echo, body.prompt_logprobs)
+    return await _answer(request, loaded, body, plan)
 
 
 @router.get("/models")
@@ -152,7 +153,7 @@ async def _stream(answer: Answer, state: State) -> AsyncIterator[str]:
                 yield _event(replies.chat_chunk(answer, index, {"content": event.text}, event.logprobs))
             else:
                 yield _event(replies.completion_chunk(answer, index, event.text, event.logprobs, sent[index]))
-            sent[index] += len(event.text)
+            sent[index] += replies.text_width(answer, event.logprobs)
         await _record(answer, state)
         for index, sequence in enumerate(answer.sequences):
             reason = sequence.finish_reason

@@ -114,7 +114,8 @@ def _folders(models_dir: Path) -> Iterator[LocalModel]:
     if not models_dir.is_dir():
         raise NotFound(f"models_dir {str(models_dir)!r} is not a folder", param="models_dir")
     for folder, subfolders, files in os.walk(models_dir):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        # hidden folders, and the layout of a cache, whose models are listed by their hub ids
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "models--")))
         if "config.json" in files:
             subfolders.clear()
             path = Path(folder)

@@ -158,12 +158,13 @@ def test_missing_weights_are_a_reason_and_weights_in_another_format_are_not(tmp_
     assert (model.reason, model.parameters, model.memory_bytes) == (None, None, None)
 
 
-def test_folders_are_found_at_any_depth_but_not_inside_a_model_or_a_hidden_folder(
+def test_folders_are_found_at_any_depth_but_not_inside_a_model_a_cache_or_a_hidden_folder(
     tmp_path: Path, cache: Path
 ):
     deep = write_model(tmp_path / "models" / "org" / "deep")
     write_model(deep / "checkpoint-100")
     write_model(tmp_path / "models" / ".hidden" / "model")
+    write_cached(tmp_path / "models" / "huggingface" / "hub", "org/cached")
     assert [model.id for model in list_local_models(tmp_path / "models")[1:]] == [str(deep)]
 
 

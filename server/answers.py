@@ -2,7 +2,7 @@
 
 1. `open_answer` checks everything that can be checked before a token is generated.
 2. `Answer.start` queues one sequence per completion on the model's thread.
-3. `Answer.events` tells what happens; `Answer.record` writes the run when all sequences have finished.
+3. `Answer.events` tells what happens until all sequences have finished; `server.recording` then writes the run.
 """
 
 import asyncio
@@ -18,8 +18,6 @@ from server.generation.sampling import Sampler
 from server.generation.sequence import Event, Finished, Sequence
 from server.generation.text import TextStream
 from server.registry import LoadedModel
-from server.run_record import run_record
-from server.runs import RunStore, SavedTensor
 from server.savepoints import Recorder, Savepoint, SavepointSpec, check_windows, declare
 from server.schemas import GenerationBody
 
@@ -110,30 +108,6 @@ class Answer:
         """Drop what has not finished."""
         for sequence in self.sequences:
             sequence.cancelled = True
-
-    async def record(self, store: RunStore) -> int:
-        """Write the activations and run.json; returns the bytes written, 0 when nothing was asked for.
-
-        Raises:
-            StorageFailed, CaptureTooLarge: nothing of the run is on disk then.
-        """
-        if not self.savepoints:
-            self.meta = [{} for _ in self.sequences]
-            return 0
-        declared = {savepoint.name: savepoint for savepoint in self.savepoints}
-        tensors = [
-            SavedTensor(index, name, declared[name].selector.text, tensor, positions, declared[name].axis)
-            for index, sequence in enumerate(self.sequences)
-            for name, (tensor, positions) in sequence.activations.items()
-        ]
-        self.meta = [
-            {saved.name: store.describe(self.run_id, saved) for saved in tensors if saved.choice == index}
-            for index in range(len(self.sequences))
-        ]
-        return await asyncio.to_thread(self._write, store, tensors)
-
-    def _write(self, store: RunStore, tensors: list[SavedTensor]) -> int:
-        return store.write(self.run_id, tensors, run_record(self))
 
     def _sequence(self, prompt: list[int], index: int, emit: Any) -> Sequence:
         body, model = self.body, self.loaded.model

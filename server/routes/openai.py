@@ -14,6 +14,7 @@ from attribution.errors import Cancelled, InvalidRequest, SightlineError
 from server import replies
 from server.answers import Answer, Plan, open_answer
 from server.generation.sequence import Delta
+from server.recording import record
 from server.registry import LoadedModel
 from server.schemas import ChatBody, CompletionBody, GenerationBody
 from server.state import State, state_of
@@ -128,7 +129,7 @@ async def _finished_or_gone(request: Request, answer: Answer) -> None:
 
 
 async def _record(answer: Answer, state: State) -> None:
-    state.count(answer, await answer.record(state.runs))
+    state.count(answer, await record(answer, state.runs))
 
 
 async def _stream(answer: Answer, state: State) -> AsyncIterator[str]:

@@ -1,16 +1,41 @@
-"""What run.json says of a run: enough to know, and to repeat, what its tensors hold."""
+"""A finished answer becomes a run on disk: its tensors, and run.json, enough to know and to repeat what they hold."""
 
+import asyncio
 from functools import cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from server.answers import Answer
 from server.generation.sequence import Sequence
 from server.generation.text import token_text
-
-if TYPE_CHECKING:
-    from server.answers import Answer
+from server.runs import RunStore, SavedTensor
 
 _PACKAGES = ("sightline", "nnsight", "transformers", "torch", "tokenizers")
+
+
+async def record(answer: Answer, store: RunStore) -> int:
+    """Write the activations and run.json, and put into `answer.meta` what lies where.
+
+    Returns:
+        The bytes written; 0 when no activations were asked for.
+
+    Raises:
+        StorageFailed, CaptureTooLarge: nothing of the run is on disk then.
+    """
+    if not answer.savepoints:
+        answer.meta = [{} for _ in answer.sequences]
+        return 0
+    declared = {savepoint.name: savepoint for savepoint in answer.savepoints}
+    tensors = [
+        SavedTensor(index, name, declared[name].selector.text, tensor, positions, declared[name].axis)
+        for index, sequence in enumerate(answer.sequences)
+        for name, (tensor, positions) in sequence.activations.items()
+    ]
+    answer.meta = [
+        {saved.name: store.describe(answer.run_id, saved) for saved in tensors if saved.choice == index}
+        for index in range(len(answer.sequences))
+    ]
+    return await asyncio.to_thread(lambda: store.write(answer.run_id, tensors, _run_record(answer)))
 
 
 @cache
@@ -19,7 +44,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in _PACKAGES}
 
 
-def run_record(answer: "Answer") -> dict[str, Any]:
+def _run_record(answer: Answer) -> dict[str, Any]:
     """The content of run.json."""
     model = answer.loaded.model
     return {
@@ -40,7 +65,7 @@ def run_record(answer: "Answer") -> dict[str, Any]:
     }
 
 
-def _choice(answer: "Answer", index: int, sequence: Sequence) -> dict[str, Any]:
+def _choice(answer: Answer, index: int, sequence: Sequence) -> dict[str, Any]:
     token_ids = sequence.prompt + sequence.tokens
     tokenizer = answer.loaded.model.tokenizer
     return {

@@ -67,9 +67,7 @@ class Settings(BaseSettings):
         description="Model loaded at start: hub id, folder or alias; by default the embedded demo model.",
     )
     no_model: bool = Field(False, description="Start with no model loaded.")
-    host: str = Field(
-        "127.0.0.1", min_length=1, description="Address to listen on; other than loopback needs a key."
-    )
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; other than loopback needs a key.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     api_key: SecretStr | None = Field(
         None,
@@ -83,25 +81,15 @@ class Settings(BaseSettings):
     )
     attn_implementation: str | None = Field(None, description="Attention implementation: sdpa or eager.")
     revision: str | None = Field(None, description="Revision of the model on the hub.")
-    trust_remote_code: bool = Field(
-        False, description="Let a model run the Python code that its repository brings."
-    )
-    models_dir: Path | None = Field(
-        None, description="Folder of models to list beside the Hugging Face cache."
-    )
+    trust_remote_code: bool = Field(False, description="Let a model run the Python code that its repository brings.")
+    models_dir: Path | None = Field(None, description="Folder of models to list beside the Hugging Face cache.")
     max_batch: int = Field(16, ge=1, description="Sequences that share a forward pass; 1 repeats exactly.")
-    max_queue: int = Field(
-        256, ge=1, description="Requests that may wait for a model; one more is answered 429."
-    )
-    prefill_chunk: int = Field(
-        512, ge=1, description="Prompt tokens processed between two decoding steps of others."
-    )
+    max_queue: int = Field(256, ge=1, description="Requests that may wait for a model; one more is answered 429.")
+    prefill_chunk: int = Field(512, ge=1, description="Prompt tokens processed between two decoding steps of others.")
     max_capture_bytes: Bytes = Field(
         ByteSize(4 * 1024**3), description="Most that the activations of one request may take in memory."
     )
-    activations_dir: Path = Field(
-        Path("/tmp/nnsight_activations"), description="Folder that runs are written to."
-    )
+    activations_dir: Path = Field(Path("/tmp/nnsight_activations"), description="Folder that runs are written to.")
     activations_max_bytes: Annotated[Bytes | None, BeforeValidator(_none_word)] = Field(
         ByteSize(20 * 1024**3),
         description="Bound of that folder: oldest runs are deleted first; none takes it away.",
@@ -109,9 +97,7 @@ class Settings(BaseSettings):
     activations_ttl: Annotated[Duration | None, BeforeValidator(_none_word)] = Field(
         None, description="Age at which a run is deleted: 90s, 30m, 12h, 7d or 2w; without it, runs are kept."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least level that is logged."
-    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="json (one object a line) or text; auto is text on a terminal and json elsewhere."
     )
@@ -136,6 +122,11 @@ class Settings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
 
+def environment_without_settings() -> dict[str, str]:
+    """The environment for a server that is not to inherit the settings of this one."""
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)}
+
+
 def load_settings(**given: Any) -> Settings:
     """Settings from all sources; `given` are those of the command line.
 
@@ -143,20 +134,13 @@ def load_settings(**given: Any) -> Settings:
         InvalidRequest: a value does not fit or a name is unknown, in one line that names the source.
     """
     in_env = {name.upper() for name in os.environ if name.upper().startswith(ENV_PREFIX)}
-    _refuse_unknown(
-        (name.removeprefix(ENV_PREFIX).lower(), f"the environment variable {name}") for name in in_env
-    )
+    _refuse_unknown((name.removeprefix(ENV_PREFIX).lower(), f"the environment variable {name}") for name in in_env)
     in_file = _read_toml()
     _refuse_unknown((name, f"{name!r} in {TOML_FILE}") for name in in_file)
     try:
         return Settings(**given)
     except ValidationError as error:
         raise InvalidRequest("; ".join(_explain(error, given, in_env, in_file))) from error
-
-
-def clean_environment() -> dict[str, str]:
-    """The environment of this process without its settings, for a child that is to have its own."""
-    return {name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)}
 
 
 def refuse_open_host(settings: Settings) -> None:
@@ -209,9 +193,7 @@ def _refuse_unknown(names: Iterable[tuple[str, str]]) -> None:
     for name, where in names:
         if name not in Settings.model_fields:
             close = difflib.get_close_matches(name, Settings.model_fields, n=1)
-            hint = (
-                f"; did you mean {close[0]}?" if close else f"; there are {', '.join(Settings.model_fields)}"
-            )
+            hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(Settings.model_fields)}"
             raise InvalidRequest(f"unknown setting: {where}{hint}", param=name)
 
 

@@ -1,5 +1,4 @@
-"""What every test shares. The packages under test are imported in fixtures and tests, not here: jaxtyping's hook
-must see their first import."""
+"""What holds for every test, before anything else is imported."""
 
 import os
 

@@ -105,9 +105,7 @@ def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef, source: list[st
 
 
 def functions(module: Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (
-        node for node in ast.walk(module.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    )
+    return (node for node in ast.walk(module.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
 def undocumented(module: Module) -> Iterator[str]:
@@ -135,10 +133,7 @@ def declared() -> set[str]:
     """The distributions that the package depends on, extras included."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + [
-        one
-        for name, extra in project.get("optional-dependencies", {}).items()
-        if name != "dev"
-        for one in extra
+        one for name, extra in project.get("optional-dependencies", {}).items() if name != "dev" for one in extra
     ]
     return {re.split(r"[^A-Za-z0-9_-]", one)[0].lower().replace("-", "_") for one in wanted}
 
@@ -150,7 +145,7 @@ def test_a_module_imports_only_what_its_ring_allows(module: Module):
 
 def test_only_the_settings_read_the_environment():
     readers = [module.path for module in modules() if reads_environment(module)]
-    assert readers == ["server/settings.py"], "server.settings has clean_environment() for child processes"
+    assert readers == ["server/settings.py"], "server.settings has environment_without_settings() for child processes"
 
 
 def test_whatever_is_imported_is_declared_as_a_dependency():

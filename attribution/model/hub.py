@@ -95,9 +95,7 @@ def _cached() -> Iterator[LocalModel]:
     for repo in cache.repos:
         if repo.repo_type == "model":
             revision = _chosen_revision(repo)
-            yield _describe(
-                repo.repo_id, revision.snapshot_path if revision else None, repo.size_on_disk, "cache"
-            )
+            yield _describe(repo.repo_id, revision.snapshot_path if revision else None, repo.size_on_disk, "cache")
     for warning in cache.warnings:
         if found := re.search(r"models--([^/\s]+)", str(warning)):
             reason = f"damaged in the cache: {warning}"

@@ -66,9 +66,7 @@ def load_tensors(file: Path) -> dict[str, "Tensor"]:
     tensors = loaded if isinstance(loaded, dict) else {file.stem: loaded}
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
-            raise InvalidRequest(
-                f"{str(file)!r}: {name!r} is no tensor but a {type(tensor).__name__}", param="file"
-            )
+            raise InvalidRequest(f"{str(file)!r}: {name!r} is no tensor but a {type(tensor).__name__}", param="file")
     return {str(name): tensor for name, tensor in tensors.items()}
 
 
@@ -79,9 +77,7 @@ def rows_of(file: Path) -> Rows | None:
         return None
     try:
         record: dict[str, Any] = json.loads(record_file.read_bytes())
-        choice = next(
-            entry for entry in record["choices"] if str(entry["index"]) == file.resolve().parent.name
-        )
+        choice = next(entry for entry in record["choices"] if str(entry["index"]) == file.resolve().parent.name)
         meta = choice["activations"][file.stem]
         return Rows(meta["axis"], range(*meta["positions"]), choice["token_ids"], choice["tokens"])
     except (ValueError, KeyError, TypeError, StopIteration) as error:
@@ -135,12 +131,9 @@ def _show_rows(tensor: "Tensor", rows: Rows, every_row: bool) -> None:
     norms, nan, inf = row_norms(tensor)
     if rows.axis >= norms.dim() or norms.shape[rows.axis] != len(rows.positions):
         raise InvalidRequest(
-            f"run.json gives {len(rows.positions)} positions along axis {rows.axis}; "
-            f"the tensor is {list(tensor.shape)}"
+            f"run.json gives {len(rows.positions)} positions along axis {rows.axis}; the tensor is {list(tensor.shape)}"
         )
-    norms, nan, inf = (
-        column.movedim(rows.axis, 0).reshape(len(rows.positions), -1) for column in (norms, nan, inf)
-    )
+    norms, nan, inf = (column.movedim(rows.axis, 0).reshape(len(rows.positions), -1) for column in (norms, nan, inf))
     count = len(rows.positions)
     hidden = range(0) if every_row or count <= SHOWN_ROWS else range(SHOWN_ROWS // 2, count - SHOWN_ROWS // 2)
     cells = [

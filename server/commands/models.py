@@ -10,9 +10,7 @@ from server.settings import load_settings
 
 
 def models(
-    models_dir: Annotated[
-        Path | None, typer.Option(help="Folder of models to list too.", show_default=False)
-    ] = None,
+    models_dir: Annotated[Path | None, typer.Option(help="Folder of models to list too.", show_default=False)] = None,
 ) -> None:
     """List the models on this machine: embedded, in the Hugging Face cache, and in --models-dir."""
     given = {} if models_dir is None else {"models_dir": models_dir}

@@ -9,14 +9,21 @@ from rich.table import Table
 from rich.text import Text
 
 
-def show(headers: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> None:
+def show(
+    headers: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    right: Sequence[str] = (),
+    console: Console | None = None,
+) -> None:
     """Print a table; columns named in `right` stand to the right. A pipe gets whole lines, however long."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for header in headers:
         table.add_column(header, justify="right" if header in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 10_000, highlight=False).print(table)
+    console = console or Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
+    console.print(table)
 
 
 def size(count: int | None) -> str:

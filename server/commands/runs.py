@@ -18,9 +18,7 @@ def runs(
     run_id: Annotated[
         str | None, typer.Argument(help="A run, or as much of its id as tells it apart.", show_default=False)
     ] = None,
-    activations_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the runs.", show_default=False)
-    ] = None,
+    activations_dir: Annotated[Path | None, typer.Option(help="Folder of the runs.", show_default=False)] = None,
 ) -> None:
     """List the recorded runs, or what one of them holds."""
     given = {} if activations_dir is None else {"activations_dir": activations_dir}
@@ -60,9 +58,7 @@ def _describe(store: "RunStore", run_id: str) -> None:
     shown = ("run_id", "model", "revision", "dtype", "attn_implementation", "seed")
     try:
         facts = [f"{name}: {record[name]}" for name in shown if record.get(name) is not None]
-        typer.echo(
-            "\n".join([*facts, f"created: {moment(record['created'])}", f"folder: {store.root / run_id}"])
-        )
+        typer.echo("\n".join([*facts, f"created: {moment(record['created'])}", f"folder: {store.root / run_id}"]))
         for choice in record["choices"]:
             typer.echo(f"\nchoice {choice['index']}: {_outline(choice)}")
             _show_tensors(store, run_id, choice)

@@ -76,9 +76,7 @@ def test_the_embedded_model_can_be_loaded_as_it_is(cache: Path):
     assert demo.memory_bytes < demo.disk_bytes <= 9_000_000
 
 
-def test_parameters_come_from_the_headers_and_memory_from_the_dtype_of_the_config(
-    tmp_path: Path, cache: Path
-):
+def test_parameters_come_from_the_headers_and_memory_from_the_dtype_of_the_config(tmp_path: Path, cache: Path):
     folder = write_model(tmp_path / "models" / "tiny")
     model = found(list_local_models(tmp_path / "models"), str(folder))
     assert model.parameters == 7 * 5 + 5
@@ -136,12 +134,8 @@ def test_a_broken_config_is_listed_with_the_reason(tmp_path: Path, cache: Path, 
     assert found(models, str(whole)).reason is None
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\x10", struct.pack("<Q", 50) + b"{}", struct.pack("<Q", 2) + b"[]"]
-)
-def test_broken_weights_are_listed_with_the_reason_and_the_family(
-    tmp_path: Path, cache: Path, content: bytes
-):
+@pytest.mark.parametrize("content", [b"", b"\x10", struct.pack("<Q", 50) + b"{}", struct.pack("<Q", 2) + b"[]"])
+def test_broken_weights_are_listed_with_the_reason_and_the_family(tmp_path: Path, cache: Path, content: bytes):
     folder = write_model(tmp_path / "models" / "broken")
     (folder / "model.safetensors").write_bytes(content)
     model = found(list_local_models(tmp_path / "models"), str(folder))
@@ -158,9 +152,7 @@ def test_missing_weights_are_a_reason_and_weights_in_another_format_are_not(tmp_
     assert (model.reason, model.parameters, model.memory_bytes) == (None, None, None)
 
 
-def test_folders_are_found_at_any_depth_but_not_inside_a_model_a_cache_or_a_hidden_folder(
-    tmp_path: Path, cache: Path
-):
+def test_folders_are_found_at_any_depth_but_not_inside_a_model_a_cache_or_a_hidden_folder(tmp_path: Path, cache: Path):
     deep = write_model(tmp_path / "models" / "org" / "deep")
     write_model(deep / "checkpoint-100")
     write_model(tmp_path / "models" / ".hidden" / "model")

@@ -100,9 +100,7 @@ def test_a_host_that_does_not_exist_is_told(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_log_file_that_cannot_be_written_is_told(tmp_path: Path):
     file = tmp_path / "nowhere" / "log"
-    assert (
-        refusal(sightline("serve", "--log-file", file), 1) == f"sightline: {file}: No such file or directory"
-    )
+    assert refusal(sightline("serve", "--log-file", file), 1) == f"sightline: {file}: No such file or directory"
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,7 @@ def test_a_run_is_shown_by_the_start_of_its_id_with_its_tensors(run: Path):
 
 def test_a_run_that_is_not_there_or_not_unique_is_told(run: Path):
     acts = run.parents[2]
-    assert f"no runs below {acts} start with 'ffff'" in refusal(
-        sightline("runs", "ffff", "--activations-dir", acts), 2
-    )
+    assert f"no runs below {acts} start with 'ffff'" in refusal(sightline("runs", "ffff", "--activations-dir", acts), 2)
     other = acts / f"{RUN[:-1]}0"
     other.mkdir()
     (other / "run.json").write_text((acts / RUN / "run.json").read_text().replace(RUN, other.name))

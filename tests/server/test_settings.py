@@ -9,7 +9,7 @@ from attribution.errors import InvalidRequest
 from server.settings import (
     ENV_PREFIX,
     Settings,
-    clean_environment,
+    environment_without_settings,
     is_loopback,
     load_settings,
     refuse_open_host,
@@ -138,7 +138,7 @@ def test_the_word_none_takes_a_bound_away(monkeypatch: pytest.MonkeyPatch):
 def test_a_child_process_can_be_given_an_environment_without_settings(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SIGHTLINE_PORT", "1")
     monkeypatch.setenv("SIGHTLESS", "2")
-    environment = clean_environment()
+    environment = environment_without_settings()
     assert ("SIGHTLINE_PORT" in environment, environment["SIGHTLESS"]) == (False, "2")
 
 
@@ -153,9 +153,7 @@ def test_loopback_needs_no_key(host: str):
     refuse_open_host(load_settings(host=host))
 
 
-@pytest.mark.parametrize(
-    "host", ["0.0.0.0", "::", "192.168.0.4", "8.8.8.8", "example.org", "localhost.evil.org"]
-)
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.4", "8.8.8.8", "example.org", "localhost.evil.org"])
 def test_any_other_host_needs_a_key(host: str):
     with pytest.raises(InvalidRequest, match="SIGHTLINE_API_KEY") as refusal:
         refuse_open_host(load_settings(host=host))

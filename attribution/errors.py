@@ -28,7 +28,7 @@ from typing import ClassVar
 
 
 class SightlineError(Exception):
-    """Root of the tree. `status` is the HTTP status, `code` the machine-readable name, `param` the argument at fault."""
+    """Root of the tree: `status` is the HTTP status, `code` the machine's name, `param` the argument at fault."""
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"

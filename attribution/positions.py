@@ -61,9 +61,7 @@ def parse_window(value: object) -> Window:
                 f"positions.{name} is an integer of at least {least}; found {number!r}", param="positions"
             )
     if stop is not None and stop <= start:
-        raise BadPositions(
-            f"positions.stop ({stop}) must be above positions.start ({start})", param="positions"
-        )
+        raise BadPositions(f"positions.stop ({stop}) must be above positions.start ({start})", param="positions")
     return Window(None, start, stop, step)
 
 

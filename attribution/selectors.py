@@ -65,9 +65,7 @@ def parse_selector(text: str) -> Selector:
         BadSelector: naming the part that does not parse and what is allowed there.
     """
     if not text or len(text) > _MAX_LENGTH:
-        raise BadSelector(
-            f"a selector has 1 to {_MAX_LENGTH} characters, this one has {len(text)}", param="selector"
-        )
+        raise BadSelector(f"a selector has 1 to {_MAX_LENGTH} characters, this one has {len(text)}", param="selector")
     name = _NAME.match(text)
     if name and name.group() in POINTS and not text[name.end() :].startswith("."):
         return _parse_point(text, name.group())

@@ -26,7 +26,7 @@ _LOGITS = SavepointSpec("logits", "logits")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a route has made of its body: prompts as token ids, and the fields that chat and completions name differently.
+    """What a route has made of its body: prompts as token ids, and what chat and completions name differently.
 
     Attributes:
         limit: the most tokens to generate; None is the rest of the window.
@@ -50,7 +50,7 @@ class Plan:
 
 @dataclass(eq=False)
 class Answer:
-    """One request on its way. `sequences` are its choices in order: the n completions of the first prompt, and so on."""
+    """One request on its way. `sequences` are its choices: the n completions of the first prompt, and so on."""
 
     loaded: LoadedModel
     body: GenerationBody
@@ -147,7 +147,7 @@ def open_answer(loaded: LoadedModel, body: GenerationBody, plan: Plan, max_bytes
 
 
 def _asked(loaded: LoadedModel, body: GenerationBody) -> list[SavepointSpec]:
-    """The savepoints of a request: its own, else those given at load, else the logits when activations are asked for."""
+    """The savepoints of a request: its own, else those given at load, else the logits if activations are asked for."""
     if body.store_activations is False:
         return []
     own = [savepoint.spec() for savepoint in body.savepoints or []]
@@ -177,6 +177,4 @@ def _check_tokens(loaded: LoadedModel, ids: list[int], param: str, may_be_empty:
         raise InvalidRequest("the prompt has no tokens", param=param)
     wrong = next((token for token in ids if not 0 <= token < size), None)
     if wrong is not None:
-        raise InvalidRequest(
-            f"{param}: token ids of {loaded.id!r} are 0 to {size - 1}; found {wrong}", param=param
-        )
+        raise InvalidRequest(f"{param}: token ids of {loaded.id!r} are 0 to {size - 1}; found {wrong}", param=param)

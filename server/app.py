@@ -110,9 +110,7 @@ class Gate:
             if scope["path"] in OPEN_PATHS or self._has_key(scope):
                 await self.app(scope, receive, send_with_id)
             else:
-                error = Unauthorized(
-                    "this server asks for its key: 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'"
-                )
+                error = Unauthorized("this server asks for its key: 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'")
                 await _reply(error)(scope, receive, send_with_id)
         finally:
             self._note(scope, status, time.perf_counter() - started)
@@ -145,26 +143,22 @@ def _reply(error: SightlineError) -> JSONResponse:
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
-async def _on_error(request: Request, error: Exception) -> JSONResponse:
+async def _on_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, SightlineError)
     return _reply(error)
 
 
-async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
+async def _on_invalid(_: Request, error: Exception) -> JSONResponse:
     """The first thing that is wrong with a body, in words."""
     assert isinstance(error, RequestValidationError)
     first: dict[str, Any] = error.errors()[0]
     if first["type"] == "json_invalid":
-        return _reply(
-            InvalidRequest(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-        )
+        return _reply(InvalidRequest(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"))
     where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
     if first["type"] == "extra_forbidden":
         return _reply(InvalidRequest(f"unknown field {where!r}", param=where))
     if isinstance(first.get("input"), bytes):
-        return _reply(
-            InvalidRequest("the body was not read as JSON; send it with 'Content-Type: application/json'")
-        )
+        return _reply(InvalidRequest("the body was not read as JSON; send it with 'Content-Type: application/json'"))
     found = "" if first["type"] == "missing" else f"; found {str(first.get('input'))[:80]!r}"
     return _reply(InvalidRequest(f"{where or 'the body'}: {first['msg']}{found}", param=where or None))
 
@@ -172,13 +166,11 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        return _reply(
-            NotFound(f"there is no {request.method} {request.url.path}; GET /docs lists what there is")
-        )
+        return _reply(NotFound(f"there is no {request.method} {request.url.path}; GET /docs lists what there is"))
     body = InvalidRequest(f"{request.method} {request.url.path}: {error.detail}").body()
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
 
-async def _on_bug(request: Request, error: Exception) -> JSONResponse:
+async def _on_bug(_: Request, error: Exception) -> JSONResponse:
     log.exception("a request failed on the server", exc_info=error)
     return _reply(SightlineError("the server failed on this request; its log has the reason"))

@@ -3,11 +3,10 @@
 1. Start the server as a user would, on a free port.
 2. Send a puzzle through the OpenAI SDK, with savepoints.
 3. Show the answer grid beside the right one, and the tensors that were on disk when it arrived.
-4. Stop the server.
+4. Stop the server, and keep a picture of the run.
 """
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from rich.text import Text
 from attribution.errors import SightlineError
 from puzzles import Puzzle, PuzzleError, gen_prompt, gen_puzzle, parse_grid
 from server.commands.output import show, size
+from server.settings import environment_without_settings
 
 SAVEPOINTS = [
     {"name": "residual", "selector": "resid_post[*]"},
@@ -51,7 +51,7 @@ def run(out: Path) -> None:
     Raises:
         SightlineError: the server did not start, or its answer is not a grid.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, record=True, width=None if sys.stdout.isatty() else 120)
     out.mkdir(parents=True, exist_ok=True)
     puzzle = gen_puzzle("paint right", n=4, m=4, n_train=4, seed=7)
     prompt, _, _ = gen_prompt(puzzle)
@@ -59,9 +59,7 @@ def run(out: Path) -> None:
     console.print(f"[bold]1.[/] Starting the server on the embedded model (its log: {log})")
     with running_server(out / "activations", log) as (url, seconds):
         console.print(f"   {url}, ready after {seconds:.1f} s\n")
-        console.print(
-            f"[bold]2.[/] A puzzle in {len(puzzle.examples)} examples; the rule is not named. The first one:"
-        )
+        console.print(f"[bold]2.[/] A puzzle in {len(puzzle.examples)} examples; the rule is not named. The first one:")
         _show_grids(console, {"input": puzzle.examples[0][0], "output": puzzle.examples[0][1]})
         console.print("   and the grid to solve, sent through the OpenAI SDK with savepoints:")
         _show_grids(console, {"input": puzzle.test_input})
@@ -71,8 +69,9 @@ def run(out: Path) -> None:
     console.print(f"[bold]3.[/] The answer after {taken:.2f} s ({reply.usage.completion_tokens} tokens):")
     _show_answer(console, puzzle, reply.choices[0].message.content)
     console.print("[bold]4.[/] On disk when the answer arrived:")
-    _show_files(reply.activations_meta)
+    _show_files(console, reply.activations_meta)
     run_id = reply.choices[0].message.run_id
+    console.save_svg(str(out / "demo.svg"), title="sightline demo", clear=False)
     console.print("\nThe server has stopped. Look closer with:")
     console.print(f"   sightline inspect {reply.activations_meta['residual']['file']}", soft_wrap=True)
     console.print(f"   sightline runs {run_id} --activations-dir {out / 'activations'}", soft_wrap=True)
@@ -108,10 +107,7 @@ def running_server(activations: Path, log: Path) -> Iterator[tuple[str, float]]:
         str(activations),
     ]
     url = f"http://127.0.0.1:{port}"
-    # settings of the user's own server are not meant for this one
-    environment = {
-        name: value for name, value in os.environ.items() if not name.upper().startswith("SIGHTLINE_")
-    }
+    environment = environment_without_settings()
     started = time.perf_counter()
     with log.open("wb") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment)
@@ -127,9 +123,7 @@ def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
     for _ in range(_START_SECONDS * 5):
         if process.poll() is not None:
             lines = log.read_text(errors="replace").strip().splitlines()
-            raise SightlineError(
-                f"the server stopped at its start: {lines[-1] if lines else 'no reason given'}"
-            )
+            raise SightlineError(f"the server stopped at its start: {lines[-1] if lines else 'no reason given'}")
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
                 if json.load(response)["loaded_models"]:
@@ -151,7 +145,7 @@ def _show_answer(console: Console, puzzle: Puzzle, text: str) -> None:
     console.print(f"   {right} of {len(puzzle.answers)} cells right; the rule is '{puzzle.relation}'\n")
 
 
-def _show_files(meta: dict[str, dict[str, Any]]) -> None:
+def _show_files(console: Console, meta: dict[str, dict[str, Any]]) -> None:
     rows = [
         (
             name,
@@ -163,7 +157,7 @@ def _show_files(meta: dict[str, dict[str, Any]]) -> None:
         )
         for name, one in meta.items()
     ]
-    show(("name", "selector", "shape", "dtype", "positions", "size"), rows, right=("size",))
+    show(("name", "selector", "shape", "dtype", "positions", "size"), rows, right=("size",), console=console)
 
 
 def _show_grids(console: Console, grids: dict[str, Any]) -> None:

@@ -94,9 +94,7 @@ class ModelRegistry:
         fresh = name not in self._loaded
         entry = self._loaded.get(name) or await self._load_once(name, spec)
         if entry.spec != spec:
-            raise Busy(
-                f"{name!r} is loaded with {_differences(entry.spec, spec)}; unload it first", param="model_id"
-            )
+            raise Busy(f"{name!r} is loaded with {_differences(entry.spec, spec)}; unload it first", param="model_id")
         try:
             declare(entry.model, list(savepoints))
         except SightlineError:
@@ -173,7 +171,5 @@ class ModelRegistry:
 
 def _differences(there: LoadSpec, asked: LoadSpec) -> str:
     fields = ("device_map", "dtype", "attn_implementation", "revision")
-    changed = [
-        f"{name}={getattr(there, name)!r}" for name in fields if getattr(there, name) != getattr(asked, name)
-    ]
+    changed = [f"{name}={getattr(there, name)!r}" for name in fields if getattr(there, name) != getattr(asked, name)]
     return ", ".join(changed) or "other options"

@@ -21,15 +21,18 @@ def usage(answer: Answer) -> CompletionUsage:
     """Exact counts: each prompt once, every generated token, the end token included."""
     prompt = sum(len(prompt) for prompt in answer.plan.prompts)
     completion = sum(len(sequence.tokens) for sequence in answer.sequences)
-    return CompletionUsage(
-        prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
-    )
+    return CompletionUsage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
 def run_fields(answer: Answer, index: int) -> dict[str, Any]:
     """The fields of a choice that lead to its activations."""
-    files = {name: meta["file"] for name, meta in answer.meta[index].items()}
-    return {"run_id": answer.run_id, "session_id": answer.session_id, "activation_files": files}
+    meta = answer.meta[index]
+    return {
+        "run_id": answer.run_id,
+        "session_id": answer.session_id,
+        "activation_files": {name: one["file"] for name, one in meta.items()},
+        "activations_meta": meta,
+    }
 
 
 def chat_reply(answer: Answer) -> ChatCompletion:
@@ -198,5 +201,5 @@ def _legacy_logprobs(answer: Answer, entries: list[TokenLogprob], offset: int) -
     )
 
 
-def _head(answer: Answer, id: str, object: str) -> dict[str, Any]:
-    return {"id": id, "object": object, "created": answer.created, "model": answer.loaded.id}
+def _head(answer: Answer, name: str, kind: str) -> dict[str, Any]:
+    return {"id": name, "object": kind, "created": answer.created, "model": answer.loaded.id}

@@ -77,8 +77,8 @@ class RunStore:
         size = sum(saved.tensor.numel() * saved.tensor.element_size() for saved in tensors)
         if self.max_bytes is not None and size > self.max_bytes:
             raise CaptureTooLarge(
-                f"this run takes {size:,} bytes and the directory of runs may hold {self.max_bytes:,}; name fewer layers "
-                "or positions, or start the server with a larger --activations-max-bytes",
+                f"this run takes {size:,} bytes and the directory of runs may hold {self.max_bytes:,}; name fewer "
+                "layers or positions, or start the server with a larger --activations-max-bytes",
                 param="savepoints",
             )
         hidden = self.root / f".{run_id}.{os.getpid()}.tmp"
@@ -135,9 +135,7 @@ class RunStore:
         path = self.path(run_id, choice, name)
         if not _NAME.fullmatch(name) or not path.is_file():
             kept = {c["index"]: sorted(c["activations"]) for c in record["choices"]}
-            raise RunNotFound(
-                f"run {run_id!r} has no tensor {name!r} for choice {choice}; it has {kept}", param="name"
-            )
+            raise RunNotFound(f"run {run_id!r} has no tensor {name!r} for choice {choice}; it has {kept}", param="name")
         return path
 
     def delete(self, run_id: str) -> int:
@@ -169,9 +167,7 @@ class RunStore:
     def retain(self, newest: str | None = None) -> None:
         """Delete the oldest runs until the rest keeps to the bounds; never the one just written."""
         with self._lock:
-            old = sorted(
-                (item for item in self._known.items() if item[0] != newest), key=lambda item: item[1]
-            )
+            old = sorted((item for item in self._known.items() if item[0] != newest), key=lambda item: item[1])
             total = sum(size for _, size in self._known.values())
             doomed = []
             for run_id, (created, size) in old:

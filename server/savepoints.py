@@ -27,7 +27,7 @@ _ENDLESS = 1 << 40
 
 @dataclass(frozen=True)
 class SavepointSpec:
-    """A savepoint as a user writes it: a name, a selector, a window of positions (None: all) and a dtype (None: the model's)."""
+    """A savepoint as a user writes it; `positions` None keeps all, `dtype` None is the model's."""
 
     name: str
     selector: str
@@ -65,7 +65,7 @@ def declare(model: TracedModel, specs: list[SavepointSpec]) -> list[Savepoint]:
     for name in names:
         if not _NAME.fullmatch(name):
             raise InvalidRequest(
-                f"a savepoint's name is 1 to 100 letters, digits, '_', '-' or '.', not starting with '.'; found {name!r}",
+                f"a savepoint's name is 1 to 100 of letters, digits, '_', '-' and '.', no '.' first; found {name!r}",
                 param="savepoints",
             )
         if names.count(name) > 1:
@@ -75,9 +75,7 @@ def declare(model: TracedModel, specs: list[SavepointSpec]) -> list[Savepoint]:
 
 def _declare(model: TracedModel, spec: SavepointSpec) -> Savepoint:
     if spec.dtype is not None and spec.dtype not in _DTYPES:
-        raise InvalidRequest(
-            f"dtype is one of {', '.join(_DTYPES)}; found {spec.dtype!r}", param="savepoints"
-        )
+        raise InvalidRequest(f"dtype is one of {', '.join(_DTYPES)}; found {spec.dtype!r}", param="savepoints")
     dtype = None if spec.dtype is None else _DTYPES[spec.dtype]
     return Savepoint(spec.name, resolve(model, spec.selector), parse_window(spec.positions), dtype)
 
@@ -100,14 +98,14 @@ def check_windows(savepoints: list[Savepoint], prompt: int, limit: int, max_byte
             )
         if not savepoint.span(prompt, most):
             raise BadPositions(
-                f"savepoint {savepoint.name!r}: its positions select no token of this request, which has at most {most} "
+                f"savepoint {savepoint.name!r}: its positions select no token of this request; it has at most {most} "
                 f"(prompt {prompt}, max_tokens {limit}; the last token is never fed)",
                 param="positions",
             )
     needed = sum(s.selector.bytes_for(len(s.span(prompt, prompt)), prompt, s.dtype) for s in savepoints)
     if needed > max_bytes:
         raise CaptureTooLarge(
-            f"the savepoints keep {needed:,} bytes of the prompt alone and the server allows {max_bytes:,} per request; "
+            f"the savepoints keep {needed:,} bytes of the prompt alone and the server allows {max_bytes:,} a request; "
             "name fewer layers or positions, or start it with a larger --max-capture-bytes",
             param="savepoints",
         )
@@ -122,9 +120,7 @@ class Recorder:
         self._prompt = prompt
         self._left = max_bytes
         self._kept: dict[tuple[str, int], list[Tensor]] = {
-            (savepoint.name, index): []
-            for savepoint in savepoints
-            for index in range(len(savepoint.selector.streams))
+            (savepoint.name, index): [] for savepoint in savepoints for index in range(len(savepoint.selector.streams))
         }
 
     def wanted(self, start: int, stop: int) -> set[Stream]:
@@ -173,8 +169,8 @@ class Recorder:
         self._left -= size
         if self._left < 0:
             raise CaptureTooLarge(
-                f"savepoint {savepoint.name!r}: this request keeps more bytes than the server allows; name fewer layers "
-                "or positions, lower max_tokens, or start the server with a larger --max-capture-bytes",
+                f"savepoint {savepoint.name!r}: this request keeps more bytes than the server allows; name fewer "
+                "layers or positions, lower max_tokens, or start the server with a larger --max-capture-bytes",
                 param="savepoints",
             )
 
@@ -194,8 +190,7 @@ class Recorder:
         if resolved.is_pattern:
             self._spend(savepoint, resolved.bytes_for(len(queries), tokens, savepoint.dtype))
             patterns = [
-                pattern(self._model, layer, q, k, queries)
-                for layer, q, k in zip(resolved.layers, *joined, strict=True)
+                pattern(self._model, layer, q, k, queries) for layer, q, k in zip(resolved.layers, *joined, strict=True)
             ]
             joined = [torch.stack(patterns).to(savepoint.dtype or resolved.dtype)]
         return joined[0] if resolved.stacked else joined[0][0]

@@ -115,12 +115,9 @@ class GenerationBody(Strict):
             if name in data and (data[name] is None or data[name] in values):
                 del data[name]
         for name in (*_HARMLESS, *_UNSUPPORTED):
-            if name in data and name not in cls.model_fields:
-                if data.pop(name) is not None:
-                    allowed = f" other than {_HARMLESS[name][0]!r}" if name in _HARMLESS else ""
-                    raise UnsupportedParameter(
-                        f"{name!r}{allowed} is not supported; leave it out", param=name
-                    )
+            if name in data and name not in cls.model_fields and data.pop(name) is not None:
+                allowed = f" other than {_HARMLESS[name][0]!r}" if name in _HARMLESS else ""
+                raise UnsupportedParameter(f"{name!r}{allowed} is not supported; leave it out", param=name)
         # the SDK sends null for what is not set
         return {name: value for name, value in data.items() if value is not None or name == "prompt"}
 
@@ -228,9 +225,7 @@ class ChatBody(GenerationBody):
             raise InvalidRequest("top_logprobs is only allowed with logprobs: true", param="top_logprobs")
         both = self.max_tokens is not None and self.max_completion_tokens is not None
         if both and self.max_tokens != self.max_completion_tokens:
-            raise InvalidRequest(
-                "max_tokens and max_completion_tokens differ; send one of them", param="max_tokens"
-            )
+            raise InvalidRequest("max_tokens and max_completion_tokens differ; send one of them", param="max_tokens")
         return self
 
 

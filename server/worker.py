@@ -68,7 +68,7 @@ class ModelWorker:
                 )
             if self.queue_length + len(sequences) > self.max_queue:
                 raise QueueFull(
-                    f"{self.queue_length} sequences wait for {self.name!r} and the queue holds {self.max_queue}; try again"
+                    f"{self.queue_length} wait for {self.name!r} and the queue holds {self.max_queue}; try again"
                 )
             self._inbox.extend(sequences)
             self._changed.notify()
@@ -137,9 +137,7 @@ class ModelWorker:
             engine.turn()
         except torch.OutOfMemoryError as error:
             log.exception("a step of generation ran out of memory", extra={"model": self.name})
-            engine.fail(
-                OutOfMemory(f"{self.name!r} ran out of memory: {error}; ask for less, or lower --max-batch")
-            )
+            engine.fail(OutOfMemory(f"{self.name!r} ran out of memory: {error}; ask for less, or lower --max-batch"))
             torch.cuda.empty_cache()
         except Exception as error:
             log.exception("a step of generation failed", extra={"model": self.name})

@@ -70,9 +70,7 @@ def forward(
         model's dtype; `column` counts all fed columns, or the last `keep` of a tail.
     """
     streams = list(streams)
-    modules = sorted(
-        {f"{model.envoy.path}.{site.path}" for s in streams for site in s.sites if site != LOGITS}
-    )
+    modules = sorted({f"{model.envoy.path}.{site.path}" for s in streams for site in s.sites if site != LOGITS})
     inputs = {
         "input_ids": batch.ids,
         "attention_mask": batch.mask,
@@ -92,9 +90,7 @@ def _trace(model: TracedModel, inputs: dict[str, object]) -> Tensor:
     return result.logits
 
 
-def _trace_with_cache(
-    model: TracedModel, inputs: dict[str, object], modules: list[str]
-) -> tuple[Tensor, object]:
+def _trace_with_cache(model: TracedModel, inputs: dict[str, object], modules: list[str]) -> tuple[Tensor, object]:
     with model.envoy.trace(**inputs) as tracer:
         kept = tracer.cache(modules=modules, include_inputs=True, device=None)
         result = nnsight.save(tracer.result)
@@ -115,7 +111,5 @@ def read_site(model: TracedModel, site: Site, logits: Tensor, kept: object | Non
     entry = kept[f"{model.envoy.path}.{site.path}"]  # type: ignore[index]
     tensor = first_tensor(entry.output if site.side == "output" else entry.input)
     if tensor is None:
-        raise RuntimeError(
-            f"{site.path}.{site.side} held a tensor when the model was probed and holds none now"
-        )
+        raise RuntimeError(f"{site.path}.{site.side} held a tensor when the model was probed and holds none now")
     return tensor

@@ -99,9 +99,7 @@ class DecodeBatch:
         if not rows:
             return
         lengths = [prefill.lengths[row] for row in rows]
-        mask, cache = _trimmed(
-            prefill.mask[rows], _selected(prefill.cache, rows, prefill.mask.shape[0]), lengths
-        )
+        mask, cache = _trimmed(prefill.mask[rows], _selected(prefill.cache, rows, prefill.mask.shape[0]), lengths)
         if self.lengths:
             columns = max(mask.shape[1], self._mask.shape[1])
             mask = torch.cat([_padded(self._mask, 1, columns), _padded(mask, 1, columns)])
@@ -121,9 +119,7 @@ class DecodeBatch:
             self.__init__(self.model)
             return
         self.lengths = [self.lengths[row] for row in rows]
-        self._mask, cache = _trimmed(
-            self._mask[rows], _selected(self._cache, rows, self._mask.shape[0]), self.lengths
-        )
+        self._mask, cache = _trimmed(self._mask[rows], _selected(self._cache, rows, self._mask.shape[0]), self.lengths)
         self._cache = DynamicCache(cache)
 
 
@@ -131,15 +127,13 @@ Pairs = list[tuple[Tensor, ...]]
 
 
 def _pairs(cache: DynamicCache) -> Pairs:
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    return [(layer.keys, layer.values) for layer in cache.layers]  # pyright: ignore  every layer is a dynamic one
 
 
 def _selected(cache: DynamicCache, rows: list[int], total: int) -> Pairs:
     if rows == list(range(total)):
         return _pairs(cache)
-    return [
-        tuple(tensor[torch.tensor(rows, device=tensor.device)] for tensor in pair) for pair in _pairs(cache)
-    ]
+    return [tuple(tensor[torch.tensor(rows, device=tensor.device)] for tensor in pair) for pair in _pairs(cache)]
 
 
 def _trimmed(mask: Tensor, cache: Pairs, lengths: list[int]) -> tuple[Tensor, Pairs]:

@@ -1,13 +1,12 @@
 """Load a model: find it, read it, wrap it in nnsight, and prove its points."""
 
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
 from nnsight import TransformersModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -47,7 +46,7 @@ def load(spec: LoadSpec) -> TracedModel:
 
     Raises:
         InvalidRequest: an unknown dtype.
-        ModelLoadFailed: the checkpoint cannot be found or read; the message carries the reason.
+        ModelLoadFailed: the checkpoint cannot be found, read traced, or is not whole; the message says why.
     """
     if spec.dtype not in DTYPES:
         raise InvalidRequest(f"dtype is one of {', '.join(DTYPES)}; found {spec.dtype!r}", param="dtype")
@@ -55,9 +54,13 @@ def load(spec: LoadSpec) -> TracedModel:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     source = resolve_alias(spec.model_id)
-    module, tokenizer = _read(spec, source)
-    module.eval().requires_grad_(False)
-    model = _wrap(spec, source, module, tokenizer)
+    try:
+        module, tokenizer = _read(spec, source)
+        model = _wrap(spec, source, module.eval().requires_grad_(False), tokenizer)
+    except ModelLoadFailed:
+        raise
+    except Exception as error:  # the libraries raise anything over a damaged or strange checkpoint
+        raise _failed(spec, source, _reason(error)) from error
     return replace(
         model,
         load_seconds=time.perf_counter() - started,
@@ -72,20 +75,35 @@ def trace_model(model_id: str, module: Any, tokenizer: Any) -> TracedModel:
 
 def _read(spec: LoadSpec, source: str) -> tuple[Any, Any]:
     options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        module = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype),
-            device_map=_device_map(spec.device_map),
-            attn_implementation=spec.attn_implementation,
-            **options,
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, HFValidationError) as error:
-        reason = " ".join(str(error).split())[:500] or type(error).__name__
-        hint = "" if Path(source).is_dir() else f" ('{source}' is not a folder here either)"
-        raise ModelLoadFailed(f"cannot load {spec.model_id!r}{hint}: {reason}", param="model_id") from error
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise _failed(spec, source, "its tokenizer has no vocabulary; are the tokenizer's files there?")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype),
+        device_map=_device_map(spec.device_map),
+        attn_implementation=spec.attn_implementation,
+        output_loading_info=True,
+        **options,
+    )
+    module, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        raise _failed(spec, source, f"{len(missing)} of its weights are missing, {missing[0]} for one")
     return module, tokenizer
+
+
+def _failed(spec: LoadSpec, source: str, reason: str) -> ModelLoadFailed:
+    hint = "" if os.path.isdir(source) else f" ({source!r} is not a folder here either)"
+    return ModelLoadFailed(f"cannot load {spec.model_id!r}{hint}: {reason}", param="model_id")
+
+
+def _reason(error: Exception) -> str:
+    """The message of a library's error in one line, with its type where that says more."""
+    text = " ".join(str(error).split())[:500]
+    if text and isinstance(error, OSError | ValueError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _device_map(device_map: str | dict[str, Any]) -> str | dict[str, Any] | None:
@@ -105,17 +123,18 @@ def _wrap(spec: LoadSpec, source: str, module: Any, tokenizer: Any) -> TracedMod
         tokenizer=tokenizer,
         dimensions=Dimensions.of(module.config.get_text_config()),
         family=family,
-        note=None
-        if family
-        else f"its family {kind!r} has no points here; those with points are {', '.join(FAMILIES)}",
+        note=None if family else f"its family {kind!r} has no points here; those with points are {', '.join(FAMILIES)}",
         sites={},
     )
     model = replace(model, sites=probe(model))
     if family is None:
         return model
-    failure = prove(model)
-    return (
-        model
-        if failure is None
-        else replace(model, family=None, note=f"its points failed their proof: {failure}")
-    )
+    failure = _failed_proof(model)
+    return model if failure is None else replace(model, family=None, note=f"its points failed their proof: {failure}")
+
+
+def _failed_proof(model: TracedModel) -> str | None:
+    try:
+        return prove(model)
+    except Exception as error:  # points whose proof cannot even be carried out are not proved
+        return _reason(error)

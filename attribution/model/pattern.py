@@ -37,7 +37,7 @@ def pattern(
     key_positions = torch.arange(len(k))
     query, key = _rotate(model, attention, q, k, query_positions)
     key = key.repeat_interleave(q.shape[1] // k.shape[1], dim=0)
-    scores = query @ key.transpose(-1, -2) * attention.scaling
+    scores = query @ key.transpose(-1, -2) * float(attention.scaling)  # pyright: ignore[reportArgumentType]
     softcap = getattr(attention, "attn_logit_softcapping", None)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -66,9 +66,7 @@ def _rotate(
         return query, key
     apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     # the class's own forward: the instance's is nnsight's and belongs to a trace
-    cos, sin = type(rotary).forward(
-        rotary, k.to(model.device), torch.arange(len(k), device=model.device)[None]
-    )
+    cos, sin = type(rotary).forward(rotary, k.to(model.device), torch.arange(len(k), device=model.device)[None])
     cos, sin = cos.cpu(), sin.cpu()
     turned_query, _ = apply(query[None], query[None], cos[:, query_positions], sin[:, query_positions])
     _, turned_key = apply(key[None], key[None], cos, sin)

@@ -24,11 +24,8 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 def probe_batch(model: TracedModel, rows: int) -> Batch:
     """A few rows of distinct tokens."""
-    ids = (
-        (torch.arange(rows * PROBE_TOKENS) * 7 + 11)
-        .remainder(model.dimensions.d_vocab)
-        .view(rows, PROBE_TOKENS)
-    )
+    ids = (torch.arange(rows * PROBE_TOKENS) * 7 + 11).remainder(model.dimensions.d_vocab)
+    ids = ids.view(rows, PROBE_TOKENS)
     positions = torch.arange(PROBE_TOKENS).expand(rows, -1)
     device = model.device
     return Batch(ids.to(device), torch.ones_like(ids).to(device), positions.to(device), None, _KEEP)

@@ -34,7 +34,7 @@ class _Choose(LogitsProcessor):
     def __init__(self, steps: "_Steps") -> None:
         self.steps = steps
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore  any tensor will do
         """Called by transformers with the logits of the last position, [1, vocab]."""
         token = self.steps.finish_step(scores)
         chosen = torch.full_like(scores, float("-inf"))
@@ -46,7 +46,7 @@ class _Stop(StoppingCriteria):
     def __init__(self, steps: "_Steps") -> None:
         self.steps = steps
 
-    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:  # type: ignore[override]  # pyright: ignore  any tensor will do
         """Called by transformers after each token; one flag per row."""
         return torch.tensor([self.steps.stopped], device=input_ids.device)
 
@@ -62,8 +62,7 @@ class _Steps:
     def finish_step(self, scores: Tensor) -> int:
         logits = self.seen.get(LOGITS, scores.to(self.model.dtype)[:, None])
         captured = {
-            stream: torch.stack([stream.cut(self.seen[site]).cpu() for site in stream.sites])
-            for stream in self.streams
+            stream: torch.stack([stream.cut(self.seen[site]).cpu() for site in stream.sites]) for stream in self.streams
         }
         token = self.take(Fed(logits.cpu(), captured, [self.fed]))
         self.stopped = token is None

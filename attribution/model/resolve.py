@@ -76,9 +76,7 @@ def resolve(model: TracedModel, text: str) -> Resolved:
 
 def _resolve_point(model: TracedModel, point: Point) -> Resolved:
     if model.family is None or point.index is None:
-        readable = (
-            site.path for site, seen in model.sites.items() if site.side == "output" and seen.tokenwise
-        )
+        readable = (site.path for site, seen in model.sites.items() if site.side == "output" and seen.tokenwise)
         raise BadSelector(
             f"{point.text!r}: {model.id} has no points ({model.note}); name modules by their path, as in "
             f"'{min(readable, default='lm_head')}.output'",
@@ -123,9 +121,7 @@ def _resolve_module(model: TracedModel, selector: ModulePath) -> Resolved:
             param="selector",
         )
     stream = Stream(sites, tail=seen[0].tail)
-    return Resolved(
-        selector.text, (stream,), layers if stacked else (), stacked, seen[0].shape, seen[0].dtype
-    )
+    return Resolved(selector.text, (stream,), layers if stacked else (), stacked, seen[0].shape, seen[0].dtype)
 
 
 def _child(model: TracedModel, path: str, name: str, text: str) -> str:
@@ -148,11 +144,7 @@ def _members(model: TracedModel, path: str, index: Index, text: str) -> list[int
 def _children(model: TracedModel, path: str) -> list[str]:
     start = f"{path}." if path else ""
     return sorted(
-        {
-            name[len(start) :]
-            for name in model.module_names
-            if name.startswith(start) and "." not in name[len(start) :]
-        }
+        {name[len(start) :] for name in model.module_names if name.startswith(start) and "." not in name[len(start) :]}
     )
 
 

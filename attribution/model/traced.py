@@ -112,12 +112,12 @@ class TracedModel:
     @property
     def model_type(self) -> str:
         """The name of the family in transformers."""
-        return self.module.config.model_type
+        return str(self.module.config.model_type)
 
     @property
     def attn_implementation(self) -> str:
         """The attention that the model runs: sdpa, eager or a kernel's name."""
-        return self.module.config._attn_implementation
+        return str(self.module.config._attn_implementation)
 
     @cached_property
     def module_names(self) -> frozenset[str]:

@@ -78,9 +78,7 @@ class Sampler:
             return logits
         logits = logits.double().clone()
         if params.logit_bias:
-            logits[list(params.logit_bias)] += torch.tensor(
-                list(params.logit_bias.values()), dtype=torch.float64
-            )
+            logits[list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float64)
         if params.repetition_penalty != 1:
             seen = list(self._prompt | set(self._counts))
             logits[seen] = torch.where(
@@ -127,6 +125,4 @@ def token_logprob(logits: Float[Tensor, " vocab"], token: int, top: int) -> Toke
     """The log-probability of `token` and of the `top` most likely tokens, in nats."""
     logprobs = torch.log_softmax(logits.double(), dim=-1)
     values, indices = logprobs.topk(min(top, len(logprobs)))
-    return TokenLogprob(
-        token, float(logprobs[token]), tuple(zip(indices.tolist(), values.tolist(), strict=True))
-    )
+    return TokenLogprob(token, float(logprobs[token]), tuple(zip(indices.tolist(), values.tolist(), strict=True)))

@@ -80,15 +80,13 @@ def _templated(loaded: LoadedModel, body: ChatBody) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(
             [message.plain() for message in body.messages],
-            tools=body.tools,
+            tools=body.tools,  # pyright: ignore[reportArgumentType]  a list of dicts is one
             add_generation_prompt=True,
             tokenize=False,
             **body.chat_template_kwargs,
         )
     except (TemplateError, TypeError, ValueError) as error:
-        raise InvalidRequest(
-            f"the chat template refuses these messages: {error}", param="messages"
-        ) from error
+        raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from error
     return tokenizer.encode(text, add_special_tokens=False)  # type: ignore[arg-type]
 
 
@@ -146,9 +144,7 @@ async def _stream(answer: Answer, state: State) -> AsyncIterator[str]:
             if answer.plan.echo and not sent[index]:
                 sequence = answer.sequences[index]
                 prompt = replies.prompt_text(answer, sequence)
-                yield _event(
-                    replies.completion_chunk(answer, index, prompt, tuple(sequence.prompt_logprobs), 0)
-                )
+                yield _event(replies.completion_chunk(answer, index, prompt, tuple(sequence.prompt_logprobs), 0))
                 sent[index] = len(prompt)
             if chat:
                 yield _event(replies.chat_chunk(answer, index, {"content": event.text}, event.logprobs))

@@ -34,7 +34,7 @@ async def tensor(
     run_id: str,
     choice: int,
     name: str,
-    format: Literal["pt", "safetensors"] = "pt",
+    file_format: Annotated[Literal["pt", "safetensors"], Query(alias="format")] = "pt",
     start: Annotated[int | None, Query(ge=0)] = None,
     stop: Annotated[int | None, Query(ge=1)] = None,
 ) -> Response:
@@ -42,10 +42,10 @@ async def tensor(
     store = state_of(request).runs
     record = await asyncio.to_thread(store.read, run_id)
     path = await asyncio.to_thread(store.file, run_id, choice, name)
-    if format == "pt" and start is None and stop is None:
+    if file_format == "pt" and start is None and stop is None:
         return FileResponse(path, media_type="application/octet-stream", filename=path.name)
     meta = record["choices"][choice]["activations"][name]
-    body = await asyncio.to_thread(_packed, path, meta, format, start, stop)
+    body = await asyncio.to_thread(_packed, path, meta, file_format, start, stop)
     return Response(body, media_type="application/octet-stream")
 
 
@@ -56,23 +56,18 @@ async def delete(request: Request, run_id: str) -> dict[str, Any]:
     return {"deleted": True, "run_id": run_id, "bytes_freed": freed}
 
 
-def _packed(path: Path, meta: dict[str, Any], format: str, start: int | None, stop: int | None) -> bytes:
+def _packed(path: Path, meta: dict[str, Any], file_format: str, start: int | None, stop: int | None) -> bytes:
     try:
         tensor = torch.load(path, weights_only=True, mmap=True)
     except (OSError, RuntimeError) as error:
         raise StorageFailed(f"{path} cannot be read: {error}") from error
-    if start is not None or stop is not None:
-        axis = meta["axis"]
-        rows = tensor.shape[axis]
-        stop = rows if stop is None else stop
-        start = start or 0
-        if not start < stop <= rows:
-            raise InvalidRequest(
-                f"start and stop select rows of 0 to {rows}; found {start}:{stop}", param="start"
-            )
-        tensor = tensor.narrow(axis, start, stop - start)
+    rows = tensor.shape[meta["axis"]]
+    first, last = start or 0, rows if stop is None else stop
+    if not first <= last <= rows:
+        raise InvalidRequest(f"start and stop select rows of 0 to {rows}; found {start}:{stop}", param="start")
+    tensor = tensor.narrow(meta["axis"], first, last - first)
     tensor = tensor.contiguous().clone()
-    if format == "safetensors":
+    if file_format == "safetensors":
         return save_safetensors({path.stem: tensor})
     buffer = BytesIO()
     torch.save(tensor, buffer)

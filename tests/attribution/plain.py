@@ -126,6 +126,4 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 
 def prompts_of(lengths: list[int], vocab: int = 281) -> list[list[int]]:
     """Prompts of these lengths with tokens that look random and differ."""
-    return [
-        [(37 * row + 101 * i + i * i * 13 + 5) % vocab for i in range(n)] for row, n in enumerate(lengths)
-    ]
+    return [[(37 * row + 101 * i + i * i * 13 + 5) % vocab for i in range(n)] for row, n in enumerate(lengths)]

@@ -109,9 +109,7 @@ def test_gpt2s_module_paths_hold_what_a_hook_on_a_plain_model_sees(path: str, si
 @pytest.mark.parametrize("keep", [1, 3, 11])
 def test_the_output_head_sees_only_the_last_columns_that_were_asked_for(family: str, keep: int) -> None:
     prompts = prompts_of([11, 11])
-    found = captured(
-        traced(family), ["lm_head.input", "lm_head.output", "logits"], padded(prompts, keep=keep)
-    )
+    found = captured(traced(family), ["lm_head.input", "lm_head.output", "logits"], padded(prompts, keep=keep))
     plain = tiny_model(family)
     for row, prompt in enumerate(prompts):
         head_in, head_out = (module_value(plain, prompt, "lm_head", side) for side in ("input", "output"))

@@ -53,9 +53,7 @@ class Collector(Watcher):
 
 def collectors(family: str, lengths: list[int], limits: list[int]) -> list[Collector]:
     model = traced(family)
-    return [
-        Collector(model, prompt, limit) for prompt, limit in zip(prompts_of(lengths), limits, strict=True)
-    ]
+    return [Collector(model, prompt, limit) for prompt, limit in zip(prompts_of(lengths), limits, strict=True)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,9 +67,7 @@ def test_sequences_that_join_and_leave_at_different_steps_get_what_they_get_alon
 
 @pytest.mark.parametrize("chunk", [1, 4, 5, 16, 17])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_fed_in_pieces_that_do_not_divide_them_get_what_they_get_alone(
-    family: str, chunk: int
-) -> None:
+def test_prompts_fed_in_pieces_that_do_not_divide_them_get_what_they_get_alone(family: str, chunk: int) -> None:
     group = collectors(family, [17, 3, 11], [3, 5, 4])
     step_loop(traced(family), [group], chunk)
     for sequence in group:

@@ -79,9 +79,7 @@ def test_all_points_can_be_captured_in_one_forward(family: str) -> None:
         ("gpt2", N_HEADS, N_HEADS, D_MODEL // N_HEADS),
     ],
 )
-def test_the_declared_width_of_a_point_is_the_width_it_has(
-    family: str, heads: int, kv_heads: int, d_head: int
-) -> None:
+def test_the_declared_width_of_a_point_is_the_width_it_has(family: str, heads: int, kv_heads: int, d_head: int) -> None:
     model = traced(family)
     widths = dict.fromkeys(STREAMED, (D_MODEL,))
     widths |= {"q": (heads, d_head), "z": (heads, d_head), "k": (kv_heads, d_head), "v": (kv_heads, d_head)}

@@ -84,8 +84,8 @@ class Served:
         with ThreadPoolExecutor(len(calls)) as pool:
             with self.held(model):
                 futures = [pool.submit(call) for call in calls]
-                worker = self.loaded(model).worker
-                wait_until(lambda: worker.queue_length == (sequences or len(calls)))
+                worker, expected = self.loaded(model).worker, sequences or len(calls)
+                wait_until(lambda: worker.queue_length == expected or any(f.done() for f in futures))
             return [future.result(120) for future in futures]
 
 
@@ -161,10 +161,10 @@ def readable() -> dict[str, int]:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest expected value."""
+    """The norm of the difference, relative to that of the expected tensor; NaN when either holds one."""
     assert found.shape == expected.shape
-    scale = expected.double().abs().max().clamp_min(1e-30)
-    return float((found.double() - expected.double()).abs().max() / scale)
+    scale = expected.double().norm().clamp_min(1e-30)
+    return float((found.double() - expected.double()).norm() / scale)
 
 
 def error_of(response: Any) -> dict[str, Any]:

@@ -183,9 +183,7 @@ def test_answers_to_different_requests_have_different_ids(house: Served, qwen: s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_eight_greedy_chats_of_different_lengths_at_once_are_what_transformers_generates(
-    house: Served, family: str
-):
+def test_eight_greedy_chats_of_different_lengths_at_once_are_what_transformers_generates(house: Served, family: str):
     model = house.names[family]
     words = ["a", "the other one", "in an answer " * 4, "re", "x y z", "who are the others? " * 6, "", "no"]
     texts = [f"<|im_start|>user\n{word}<|im_end|>\n<|im_start|>assistant\n" for word in words]

@@ -30,9 +30,7 @@ def test_a_greedy_completion_is_what_transformers_generates(house: Served, famil
 
 def test_the_default_is_sixteen_tokens_at_temperature_one(house: Served, qwen: str):
     answers = [
-        house.openai.completions.create(
-            model=qwen, prompt="Hello", seed=seed, extra_body={"ignore_eos": True}
-        )
+        house.openai.completions.create(model=qwen, prompt="Hello", seed=seed, extra_body={"ignore_eos": True})
         for seed in (1, 2)
     ]
     assert [answer.usage.completion_tokens for answer in answers] == [16, 16]  # type: ignore[union-attr]
@@ -186,9 +184,7 @@ def _as_lm_eval_reads(choice: dict[str, Any], context: int) -> tuple[float, bool
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["", "the next token is the end token"])
-def test_lm_eval_reads_the_score_of_a_continuation_and_whether_it_is_greedy(
-    house: Served, qwen: str, ends: bool
-):
+def test_lm_eval_reads_the_score_of_a_continuation_and_whether_it_is_greedy(house: Served, qwen: str, ends: bool):
     context = encode("the others are")
     greedy = plain_greedy("qwen3", context, 4)
     other = [*greedy[:2], (greedy[2] + 1) % 200, greedy[3]]
@@ -212,7 +208,7 @@ def test_lm_eval_reads_the_score_of_a_continuation_and_whether_it_is_greedy(
 
 
 def test_captum_reads_the_log_probabilities_of_a_target(house: Served, qwen: str):
-    """Its remote provider asks for `prompt_logprobs: 0` and takes the first entry of each token's dictionary."""
+    """Its remote provider asks for `prompt_logprobs: 0` and reads the first entry of each."""
     prompt, target = "the others", " are in"
     answer = house.openai.completions.create(
         model=qwen,

@@ -88,9 +88,7 @@ def test_none_are_given_when_none_are_asked_for(house: Served, qwen: str, asked)
 def test_the_end_token_has_a_log_probability_too(house: Served, qwen: str):
     """As many entries as completion_tokens: a reader sees how sure the model was to end."""
     end = encode("<|im_end|>")[0]
-    answer = house.chat(
-        qwen, logit_bias={str(end): 100}, logprobs=True, top_logprobs=2, savepoints=LAST_LOGITS
-    )
+    answer = house.chat(qwen, logit_bias={str(end): 100}, logprobs=True, top_logprobs=2, savepoints=LAST_LOGITS)
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 1
     assert answer.choices[0].logprobs is not None
@@ -99,9 +97,7 @@ def test_the_end_token_has_a_log_probability_too(house: Served, qwen: str):
 
 
 def test_the_tokens_of_a_stop_string_have_log_probabilities(house: Served, qwen: str):
-    answer = house.chat(
-        qwen, logit_bias={"34": 100}, stop="CCC", logprobs=True, top_logprobs=1, savepoints=LAST_LOGITS
-    )
+    answer = house.chat(qwen, logit_bias={"34": 100}, stop="CCC", logprobs=True, top_logprobs=1, savepoints=LAST_LOGITS)
     assert decode([34]) == "C"
     assert answer.choices[0].message.content == ""
     assert answer.choices[0].logprobs is not None
@@ -126,9 +122,7 @@ def test_probabilities_of_all_alternatives_sum_to_at_most_one(house: Served, qwe
 def test_in_a_batch_log_probabilities_are_those_of_a_single_run(house: Served, qwen: str):
     def ask(word: str):
         messages = [{"role": "user", "content": word}]
-        return house.chat(
-            qwen, messages, temperature=0, max_tokens=8, logprobs=True, top_logprobs=3, ignore_eos=True
-        )
+        return house.chat(qwen, messages, temperature=0, max_tokens=8, logprobs=True, top_logprobs=3, ignore_eos=True)
 
     words = ["a", "the other one", "in an answer " * 4, "re", "x y z", "who? " * 9, "", "no"]
     alone = [ask(word) for word in words]

@@ -168,9 +168,7 @@ def test_a_model_without_a_template_refuses_chat_and_serves_completions(template
     error = error_of(answer)
     assert (answer.status_code, error["param"]) == (400, "messages")
     assert "/v1/completions" in error["message"]
-    assert (
-        served.openai.completions.create(model=bare, prompt="Hello", max_tokens=2).choices[0].text is not None
-    )
+    assert served.openai.completions.create(model=bare, prompt="Hello", max_tokens=2).choices[0].text is not None
 
 
 @pytest.mark.parametrize(

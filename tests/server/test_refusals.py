@@ -14,9 +14,7 @@ from tests.server.support import HELLO, HELLO_TEXT, Served, encode, error_of
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
-def _refused(
-    served: Served, path: str, body: dict[str, Any], param: str | None, code: str = "invalid_request"
-) -> str:
+def _refused(served: Served, path: str, body: dict[str, Any], param: str | None, code: str = "invalid_request") -> str:
     """The message of a request that is refused with 400, `code` and `param`."""
     answer = served.post(body, path)
     error = error_of(answer)

@@ -47,7 +47,7 @@ def _drawn(params: SamplingParams, logits: torch.Tensor = FOUR, count: int = 100
         ({"temperature": 0.5, "min_p": 0.1}, [0.8, 0.2, 0, 0]),
         # + log 4 for the third: 8 4 8 2 of 22
         ({"logit_bias": {2: float(np.log(4))}}, [8 / 22, 4 / 22, 8 / 22, 2 / 22]),
-        ({"logit_bias": {0: -100, 1: -100}}, [0, 0, 1 / 2, 1 / 2]),
+        ({"logit_bias": {0: -100.0, 1: -100.0}}, [0, 0, 1 / 2, 1 / 2]),
     ],
     ids=str,
 )
@@ -76,40 +76,38 @@ def test_top_p_reaches_beyond_any_shortcut_in_a_flat_vocabulary_of_five_thousand
 @pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-308, 5e-324])
 def test_a_tiny_temperature_is_greedy(temperature: float):
     logits = torch.tensor([0.5, 0.7, -300.0, 0.69])
-    assert {Sampler(SamplingParams(temperature=temperature), [], s, 0).choose(logits) for s in range(20)} == {
-        1
-    }
+    assert {Sampler(SamplingParams(temperature=temperature), [], s, 0).choose(logits) for s in range(20)} == {1}
 
 
 def test_greedy_takes_the_largest_after_the_bias():
-    assert Sampler(SamplingParams(temperature=0), [], 0, 0).choose(FOUR) == 0
-    assert Sampler(SamplingParams(temperature=0, logit_bias={3: 1.5}), [], 0, 0).choose(FOUR) == 3
-    assert Sampler(SamplingParams(temperature=0, logit_bias={3: 1.3}), [], 0, 0).choose(FOUR) == 0
+    assert Sampler(SamplingParams(temperature=0.0), [], 0, 0).choose(FOUR) == 0
+    assert Sampler(SamplingParams(temperature=0.0, logit_bias={3: 1.5}), [], 0, 0).choose(FOUR) == 3
+    assert Sampler(SamplingParams(temperature=0.0, logit_bias={3: 1.3}), [], 0, 0).choose(FOUR) == 0
 
 
 def test_presence_penalty_counts_a_token_once_and_not_the_prompt():
     """1.0 0.8 0.5: take 0, then 0 is at 0.7: take 1, then 1 is at 0.5 and 0 still at 0.7: take 0 for ever."""
-    sampler = Sampler(SamplingParams(temperature=0, presence_penalty=0.3), [0, 0, 1, 2], 0, 0)
+    sampler = Sampler(SamplingParams(temperature=0.0, presence_penalty=0.3), [0, 0, 1, 2], 0, 0)
     logits = torch.tensor([1.0, 0.8, 0.45])
     assert [sampler.choose(logits) for _ in range(5)] == [0, 1, 0, 0, 0]
 
 
 def test_frequency_penalty_counts_every_time():
     """1.0 0.8 0.45 at 0.3 a time: 0 (→0.7), 1 (→0.5), 0 (→0.4), 1 (→0.2), 2 (→0.15), 0 (→0.1), 1."""
-    sampler = Sampler(SamplingParams(temperature=0, frequency_penalty=0.3), [0, 0, 1, 2], 0, 0)
+    sampler = Sampler(SamplingParams(temperature=0.0, frequency_penalty=0.3), [0, 0, 1, 2], 0, 0)
     logits = torch.tensor([1.0, 0.8, 0.45])
     assert [sampler.choose(logits) for _ in range(7)] == [0, 1, 0, 1, 2, 0, 1]
 
 
 def test_negative_penalties_make_repetition_likely():
-    sampler = Sampler(SamplingParams(temperature=0, frequency_penalty=-0.5, logit_bias={}), [], 0, 0)
+    sampler = Sampler(SamplingParams(temperature=0.0, frequency_penalty=-0.5, logit_bias={}), [], 0, 0)
     assert sampler.choose(torch.tensor([0.0, 0.1])) == 1
     assert sampler.choose(torch.tensor([0.5, 0.1])) == 1  # 0.5 against 0.6
 
 
 def test_repetition_penalty_divides_what_is_positive_and_multiplies_what_is_negative():
     """At 2: tokens 0 and 1 stand in the prompt. 3 → 1.5, −1 → −2."""
-    params = SamplingParams(temperature=0, repetition_penalty=2.0)
+    params = SamplingParams(temperature=0.0, repetition_penalty=2.0)
     assert Sampler(params, [0, 1], 0, 0).choose(torch.tensor([3.0, -1.0, 1.4])) == 0
     assert Sampler(params, [0, 1], 0, 0).choose(torch.tensor([3.0, -1.0, 1.6])) == 2
     assert Sampler(params, [0, 1], 0, 0).choose(torch.tensor([-9.0, -1.0, -1.9])) == 2
@@ -117,7 +115,7 @@ def test_repetition_penalty_divides_what_is_positive_and_multiplies_what_is_nega
 
 
 def test_repetition_penalty_counts_what_was_generated_too():
-    sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=2.0), [], 0, 0)
+    sampler = Sampler(SamplingParams(temperature=0.0, repetition_penalty=2.0), [], 0, 0)
     logits = torch.tensor([3.0, 1.6, 1.4])
     assert [sampler.choose(logits) for _ in range(4)] == [0, 1, 0, 0]  # 1.5 1.6 1.4, then 1.5 0.8 1.4
 
@@ -140,7 +138,7 @@ def test_log_probabilities_are_in_float64_and_of_the_raw_logits():
     assert [value for _, value in entry.top] == pytest.approx(np.log([1 / 2, 1 / 4, 1 / 8]), abs=1e-7)
 
 
-# Through the server: the first token of 512 completions, against the distribution computed in numpy.
+# Through the server: the first token of 256 completions, against the distribution computed in numpy.
 
 PROMPT = encode(HELLO_TEXT)
 
@@ -172,12 +170,10 @@ def _distribution(
 
 
 def _first_tokens(house: Served, params: dict[str, Any]) -> Counter[int]:
-    """The first tokens of 4 × 128 completions."""
+    """The first tokens of 2 × 128 completions."""
     drawn: Counter[int] = Counter()
-    for seed in range(4):
-        answer = house.chat(
-            house.names["qwen3"], n=128, max_tokens=1, seed=seed, savepoints=LAST_LOGITS, **params
-        )
+    for seed in range(2):
+        answer = house.chat(house.names["qwen3"], n=128, max_tokens=1, seed=seed, savepoints=LAST_LOGITS, **params)
         drawn.update(choice["token_ids"][-1] for choice in house.run(answer)["choices"])
     return drawn
 
@@ -186,7 +182,6 @@ def _first_tokens(house: Served, params: dict[str, Any]) -> Counter[int]:
     "params",
     [
         {"temperature": 1.0},
-        {"temperature": 0.4},
         {"temperature": 1.7, "top_p": 0.6, "top_k": 40, "min_p": 0.05},
         {"temperature": 0.8, "repetition_penalty": 1.6, "logit_bias": {"60": 3.0, "100": -7.0}},
     ],
@@ -196,7 +191,7 @@ def test_the_tokens_that_the_server_draws_have_the_distribution_of_its_parameter
     expected = _distribution(**params)
     drawn = _first_tokens(house, params)
     total = sum(drawn.values())
-    assert total == 512
+    assert total == 256
     assert all(expected[token] > 0 for token in drawn)
     # Pearson's statistic over the tokens expected five times or more, and the rest as one
     often = [token for token in range(len(expected)) if expected[token] * total >= 5]
@@ -224,7 +219,7 @@ def test_greedy_with_penalties_is_the_loop_in_numpy_over_plain_forwards(house: S
         generated.append(int(logits.argmax()))
     answer = house.chat(
         qwen,
-        temperature=0,
+        temperature=0.0,
         max_tokens=20,
         presence_penalty=0.7,
         frequency_penalty=0.4,
@@ -234,5 +229,5 @@ def test_greedy_with_penalties_is_the_loop_in_numpy_over_plain_forwards(house: S
         savepoints=LAST_LOGITS,
     )
     assert house.generated(answer) == generated
-    plain = house.chat(qwen, temperature=0, max_tokens=20, ignore_eos=True, savepoints=LAST_LOGITS)
+    plain = house.chat(qwen, temperature=0.0, max_tokens=20, ignore_eos=True, savepoints=LAST_LOGITS)
     assert house.generated(plain) != generated

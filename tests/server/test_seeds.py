@@ -34,9 +34,7 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(house: Serv
 def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch_with_seven_others(house: Served, params):
     alone = _ask(house, 7, **params)
     others = [lambda i=i: _ask(house, 100 + i, WORDS[i] * (i + 1), 5 + 2 * i) for i in range(7)]
-    answers = house.together(
-        house.names["qwen3"], [*others[:3], lambda: _ask(house, 7, **params), *others[3:]]
-    )
+    answers = house.together(house.names["qwen3"], [*others[:3], lambda: _ask(house, 7, **params), *others[3:]])
     record = house.run(answers[3])["choices"][0]
     assert record["largest_batch"] == 8
     assert house.run(alone)["choices"][0]["largest_batch"] == 1

@@ -11,10 +11,12 @@ import re
 import shutil
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ log = logging.getLogger("sightline.runs")
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,99}")
+_HIDDEN = re.compile(r"\.[0-9a-f]{32}\.(\d+)\.tmp")
 _RUN_JSON = "run.json"
 
 
@@ -89,27 +92,38 @@ class RunStore:
                 torch.save(saved.tensor.contiguous(), folder / f"{saved.name}.pt")
             hidden.mkdir(parents=True, exist_ok=True)
             (hidden / _RUN_JSON).write_text(json.dumps(record, indent=1))
+            size = _size(hidden)
             hidden.rename(self.root / run_id)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             shutil.rmtree(hidden, ignore_errors=True)
             raise StorageFailed(
                 f"the activations could not be written below {self.root}: {error}; nothing of this run was kept"
             ) from error
-        size = _size(self.root / run_id)
         with self._lock:
             self._known[run_id] = (time.time(), size)
-        self.retain(run_id)
+        try:
+            self.retain(run_id)
+        except StorageFailed as error:  # this run is whole, and the sweep will try again
+            log.error("old runs could not be deleted", extra={"reason": error.message})
         return size
 
     def summaries(self) -> list[dict[str, Any]]:
-        """A line per run, newest first."""
-        rows = []
-        for path in sorted(self._directories(), key=lambda p: p.stat().st_mtime, reverse=True):
-            record = self.read(path.name)
-            names = sorted({name for choice in record["choices"] for name in choice["activations"]})
-            row = {key: record[key] for key in ("run_id", "created", "model")}
-            rows.append(row | {"choices": len(record["choices"]), "savepoints": names, "bytes": _size(path)})
-        return rows
+        """A line per run, newest first; what vanishes meanwhile, or is damaged, is left out."""
+        rows: list[tuple[float, dict[str, Any]]] = []
+        for path in self._directories():
+            try:
+                rows.append((path.stat().st_mtime, self._summary(path)))
+            except (FileNotFoundError, RunNotFound):
+                continue
+            except (StorageFailed, KeyError, TypeError) as error:
+                log.warning("a run is damaged", extra={"path": str(path), "reason": str(error)})
+        return [row for _, row in sorted(rows, key=lambda dated: dated[0], reverse=True)]
+
+    def _summary(self, path: Path) -> dict[str, Any]:
+        record = self.read(path.name)
+        names = sorted({name for choice in record["choices"] for name in choice["activations"]})
+        row = {key: record[key] for key in ("run_id", "created", "model")}
+        return row | {"choices": len(record["choices"]), "savepoints": names, "bytes": _size(path)}
 
     def read(self, run_id: str) -> dict[str, Any]:
         """The run.json of a run.
@@ -195,10 +209,26 @@ class RunStore:
     def _remove_unfinished(self) -> None:
         """Delete what a server that was killed left half-written."""
         for path in self.root.glob(".*.tmp") if self.root.is_dir() else ():
-            pid = path.name.split(".")[-2]
-            if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            hidden = _HIDDEN.fullmatch(path.name)
+            if hidden and not _is_written_by(int(hidden[1]), path):
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def _is_written_by(pid: int, folder: Path) -> bool:
+    """Whether the process that is writing `folder` may be alive: in a container, a new one has the same id."""
+    try:
+        return folder.stat().st_mtime > psutil.Process(pid).create_time() - 1
+    except psutil.AccessDenied:
+        return True
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return False
+
+
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """The bytes of the files below `folder`; those that vanish meanwhile do not count."""
+    size = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += os.stat(os.path.join(where, name)).st_size
+    return size

@@ -4,12 +4,13 @@ import asyncio
 import gc
 import logging
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
-from attribution.errors import Busy, ModelNotFound, SightlineError
+from attribution.errors import Busy, ModelNotFound
 from attribution.model.hub import resolve_alias
 from attribution.model.load import LoadSpec, load
 from attribution.model.traced import TracedModel
@@ -53,6 +54,8 @@ class ModelRegistry:
         self._settings, self._metrics = settings, metrics
         self._loaded: dict[str, LoadedModel] = {}
         self._loading: dict[str, tuple[LoadSpec, asyncio.Task[LoadedModel]]] = {}
+        self._asking: Counter[str] = Counter()  # loads of each model that have not been answered
+        self._taken: set[str] = set()  # the models of which one has been
 
     @property
     def loaded(self) -> list[LoadedModel]:
@@ -91,16 +94,19 @@ class ModelRegistry:
             parse_window(savepoint.positions)
         name = canonical(spec.model_id)
         spec = replace(spec, model_id=name)
-        fresh = name not in self._loaded
-        entry = self._loaded.get(name) or await self._load_once(name, spec)
-        if entry.spec != spec:
-            raise Busy(f"{name!r} is loaded with {_differences(entry.spec, spec)}; unload it first", param="model_id")
+        self._asking[name] += 1
         try:
+            entry = self._loaded.get(name) or await self._load_once(name, spec)
+            if entry.spec != spec:
+                raise Busy(
+                    f"{name!r} is loaded with {_differences(entry.spec, spec)}; unload it first", param="model_id"
+                )
             declare(entry.model, list(savepoints))
-        except SightlineError:
-            if fresh:
-                await self.unload(name)
-            raise
+            self._taken.add(name)
+        finally:
+            self._asking[name] -= 1
+            if name in self._loaded and name not in self._taken and not self._asking[name]:
+                await self.unload(name)  # all who asked for it were refused
         if savepoints and savepoints != entry.savepoints:
             entry = self._loaded[name] = replace(entry, savepoints=savepoints)
         return entry
@@ -113,6 +119,7 @@ class ModelRegistry:
         """
         entry = self.get(name)
         del self._loaded[entry.id]
+        self._taken.discard(entry.id)
         self._metrics.models_loaded.set(len(self._loaded))
         await asyncio.to_thread(entry.worker.stop)
         size = entry.model.memory_bytes

@@ -450,7 +450,7 @@ def test_runs_come_and_go_while_they_are_listed(tmp_path: Path):
         while not stop.is_set():
             try:
                 store.summaries()
-            except BaseException as error:  # noqa: BLE001  the test's own thread reports it
+            except BaseException as error:
                 failures.append(error)
                 return
 

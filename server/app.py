@@ -41,6 +41,7 @@ def create_app(settings: Settings) -> FastAPI:
         None if settings.activations_max_bytes is None else int(settings.activations_max_bytes),
         None if ttl is None else ttl.total_seconds(),
     )
+    store.remove_unfinished()
     state = State(settings, metrics, ModelRegistry(settings, metrics), store)
     app = FastAPI(title="Sightline", version=version("sightline"), lifespan=_lifespan)
     app.state.sightline = state

@@ -7,6 +7,8 @@
 """
 
 import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -71,10 +73,11 @@ def run(out: Path) -> None:
     console.print("[bold]4.[/] On disk when the answer arrived:")
     _show_files(console, reply.activations_meta)
     run_id = reply.choices[0].message.run_id
+    command = "sightline" if shutil.which("sightline") else os.path.relpath(Path(sys.executable).with_name("sightline"))
     console.save_svg(str(out / "demo.svg"), title="sightline demo", clear=False)
     console.print("\nThe server has stopped. Look closer with:")
-    console.print(f"   sightline inspect {reply.activations_meta['residual']['file']}", soft_wrap=True)
-    console.print(f"   sightline runs {run_id} --activations-dir {out / 'activations'}", soft_wrap=True)
+    console.print(f"   {command} inspect {reply.activations_meta['residual']['file']}", soft_wrap=True)
+    console.print(f"   {command} runs {run_id} --activations-dir {out / 'activations'}", soft_wrap=True)
 
 
 def ask(url: str, prompt: str) -> Any:

@@ -49,7 +49,6 @@ class RunStore:
         self.root, self.max_bytes, self.ttl = root, max_bytes, ttl
         self._lock = threading.Lock()
         self._known: dict[str, tuple[float, int]] = {}
-        self._remove_unfinished()
         for path in self._directories():
             self._known[path.name] = (path.stat().st_mtime, _size(path))
 
@@ -206,8 +205,8 @@ class RunStore:
         except OSError as error:
             raise StorageFailed(f"run {run_id!r} could not be deleted: {error}") from error
 
-    def _remove_unfinished(self) -> None:
-        """Delete what a server that was killed left half-written."""
+    def remove_unfinished(self) -> None:
+        """Delete what a server that was killed left half-written; for a server that starts, not for one who looks."""
         for path in self.root.glob(".*.tmp") if self.root.is_dir() else ():
             hidden = _HIDDEN.fullmatch(path.name)
             if hidden and not _is_written_by(int(hidden[1]), path):

@@ -326,7 +326,7 @@ def test_what_a_killed_server_left_half_written_is_removed_at_the_next_start(tmp
         (folder / "0" / "x.pt").write_bytes(b"half")
     os.utime(same, (0, 0))  # older than this process
     assert os.getpid() != 1
-    RunStore(tmp_path, None, None)
+    RunStore(tmp_path, None, None).remove_unfinished()
     assert not dead.exists()
     assert not same.exists()
     assert alive.exists()
@@ -336,7 +336,7 @@ def test_names_that_only_look_like_leftovers_stay(tmp_path: Path):
     names = [".config.tmp", ".x.tmp", f".{_name(1)}.tmp", f"{_name(1)}.99999999.tmp", ".vim.99999999.tmp"]
     for name in names:
         (tmp_path / name).mkdir()
-    RunStore(tmp_path, None, None)
+    RunStore(tmp_path, None, None).remove_unfinished()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from nnsight import TransformersModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from attribution.errors import InvalidRequest, ModelLoadFailed
@@ -124,13 +124,24 @@ def _wrap(spec: LoadSpec, source: str, module: Any, tokenizer: Any) -> TracedMod
         dimensions=Dimensions.of(module.config.get_text_config()),
         family=family,
         note=None if family else f"its family {kind!r} has no points here; those with points are {', '.join(FAMILIES)}",
+        end_token_ids=_end_tokens(module, tokenizer),
         sites={},
     )
+    # nothing else of it is used, and `generate` would fill in what a request leaves open: an end token, a penalty
+    module.generation_config = GenerationConfig()
     model = replace(model, sites=probe(model))
     if family is None:
         return model
     failure = _failed_proof(model)
     return model if failure is None else replace(model, family=None, note=f"its points failed their proof: {failure}")
+
+
+def _end_tokens(module: Any, tokenizer: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for holder in (module.generation_config, module.config, tokenizer):
+        value = getattr(holder, "eos_token_id", None)
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return frozenset(found)
 
 
 def _failed_proof(model: TracedModel) -> str | None:

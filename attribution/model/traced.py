@@ -79,6 +79,7 @@ class TracedModel:
         source: the folder or hub id that it was loaded from, with `revision` the commit where known.
         family: what is known about its points; None when it is served with module paths only.
         note: why `family` is None, in a sentence.
+        end_token_ids: what ends a generation: the tokens of generation_config, of the config, and the tokenizer's.
         sites: what a probe forward saw, by site.
     """
 
@@ -90,6 +91,7 @@ class TracedModel:
     dimensions: Dimensions
     family: Family | None
     note: str | None
+    end_token_ids: frozenset[int]
     sites: dict[Site, Seen] = field(repr=False)
     load_seconds: float = 0.0
     memory_bytes: int = 0
@@ -123,15 +125,6 @@ class TracedModel:
     def module_names(self) -> frozenset[str]:
         """The paths of all modules, counted from the root."""
         return frozenset(name for name, _ in self.module.named_modules() if name)
-
-    @cached_property
-    def end_token_ids(self) -> frozenset[int]:
-        """The tokens that end a generation: those of generation_config, of the config, and the tokenizer's."""
-        found: set[int] = set()
-        for holder in (self.module.generation_config, self.module.config, self.tokenizer):
-            value = getattr(holder, "eos_token_id", None)
-            found.update(value if isinstance(value, list) else [] if value is None else [value])
-        return frozenset(found)
 
     @cached_property
     def template_hash(self) -> str | None:

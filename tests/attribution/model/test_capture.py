@@ -138,6 +138,18 @@ def test_the_cache_given_from_outside_holds_the_keys_that_were_fed() -> None:
     assert distance(logits, expected["logits"][:, 3:]) < 1e-5
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_stand_at_the_positions_that_were_given(family: str) -> None:
+    (prompt,), plain = prompts_of([6]), tiny_model(family)
+    positions = torch.tensor([[0, 1, 2, 7, 8, 20]])
+    batch = Batch(torch.tensor([prompt]), torch.ones(1, 6, dtype=torch.long), positions, None, 1)
+    logits, _ = forward(traced(family), batch, [])
+    with torch.no_grad():
+        moved, plainly = (plain(batch.ids, position_ids=p).logits[:, -1:] for p in (positions, None))
+    assert distance(logits, moved) < 1e-5
+    assert distance(plainly, moved) > 1e-2, "positions that change nothing show nothing"
+
+
 def test_a_forward_without_a_cache_leaves_none_and_one_without_streams_captures_nothing() -> None:
     logits, found = forward(traced("qwen2"), padded(prompts_of([5]), keep=2), [])
     assert logits.shape == (1, 2, VOCAB)

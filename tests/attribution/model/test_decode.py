@@ -8,12 +8,13 @@ from torch import Tensor
 
 from attribution.model.capture import Stream
 from attribution.model.decode import DecodeBatch, Fed, Prefill
+from attribution.model.load import trace_model
 from attribution.model.reference import generate
 from attribution.model.resolve import resolve
 from attribution.model.traced import TracedModel
 from tests.attribution.plain import distance, greedy, prompts_of, watch
 from tests.attribution.running import Watcher, reference, step_loop
-from tests.models import FAMILIES, VOCAB, tiny_model, traced
+from tests.models import FAMILIES, VOCAB, tiny_model, tiny_tokenizer, traced
 
 NAMES = ("resid_pre", "resid_post", "k", "z", "mlp_out")
 
@@ -232,14 +233,42 @@ def test_an_error_of_the_one_who_takes_leaves_the_reference_path_usable() -> Non
     sequence.check("qwen3")
 
 
-def test_an_end_token_does_not_end_the_reference_path_by_itself() -> None:
-    # what ends a sequence is the caller's: it may ask for more (ignore_eos)
-    model, (prompt,) = traced("qwen3"), prompts_of([5])
-    end, taken = next(iter(model.end_token_ids)), []
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eos_token_id": 7},
+        {"repetition_penalty": 3.0, "suppress_tokens": [7], "no_repeat_ngram_size": 1},
+        {"max_time": 0.0},
+        {"do_sample": True, "temperature": 5.0, "num_beams": 2},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_the_models_own_settings_have_no_part_in_the_reference_path(settings: dict[str, object]) -> None:
+    # what is drawn and what ends a sequence is the caller's; it may ask for more after an end token
+    plain, (prompt,), seen = tiny_model("qwen3"), prompts_of([5]), []
+    for name, value in settings.items():
+        setattr(plain.generation_config, name, value)
+    model = trace_model("with settings", plain, tiny_tokenizer())
 
     def take(fed: Fed) -> int | None:
-        taken.append(fed.ends[0])
-        return end
+        seen.append(fed.logits[0, -1])
+        return 7
 
     generate(model, prompt, 4, 1, [], take)
-    assert taken == [5, 6, 7, 8]
+    expected = watch(tiny_model("qwen3"), [*prompt, 7, 7, 7])["logits"][0, 4:]
+    assert distance(torch.stack(seen), expected) < 1e-5
+    assert model.end_token_ids == {280} | ({7} if "eos_token_id" in settings else set())
+
+
+def test_all_rows_join_and_stay_in_another_order() -> None:
+    model, prompts = traced("llama"), prompts_of([5, 8])
+    prefill = Prefill(model, prompts)
+    first = [int(row[-1].argmax()) for row in prefill.advance(100, 1, []).logits]
+    batch = DecodeBatch(model)
+    batch.join(prefill, [1, 0])
+    second = [int(row[-1].argmax()) for row in batch.step([first[1], first[0]], []).logits]
+    batch.keep([1, 0])
+    logits = batch.step([second[1], second[0]], []).logits
+    for row in (0, 1):
+        text = [*prompts[row], first[row], second[1 - row]]
+        assert distance(logits[row, -1], watch(tiny_model("llama"), text)["logits"][0, -1]) < 1e-5

@@ -210,6 +210,27 @@ def test_logits_are_the_output_of_the_model() -> None:
     assert paths("logits") == [LOGITS]
 
 
+@pytest.mark.parametrize(
+    ("selector", "layers", "stacked", "sites"),
+    [
+        ("blocks[*].heads[1].output", (0, 1), True, ["blocks.0.heads.1", "blocks.1.heads.1"]),
+        ("blocks[1].heads[*].output", (0, 1, 2), True, ["blocks.1.heads.0", "blocks.1.heads.1", "blocks.1.heads.2"]),
+        ("blocks[-1].heads.0.output", (), False, ["blocks.1.heads.0"]),
+    ],
+)
+def test_of_lists_within_lists_one_index_may_name_several(
+    selector: str, layers: tuple[int, ...], stacked: bool, sites: list[str]
+) -> None:
+    heads = [f"blocks.{block}.heads.{head}" for block in range(2) for head in range(3)]
+    lists = ["blocks", *(f"blocks.{block}{rest}" for block in range(2) for rest in ("", ".heads"))]
+    seen = next(iter(traced("qwen2").sites.values()))
+    model = replace(traced("qwen2"), sites={Site(head, "output"): seen for head in heads})
+    model.__dict__["module_names"] = frozenset([*heads, *lists])
+    resolved = resolve(model, selector)
+    assert (resolved.layers, resolved.stacked) == (layers, stacked)
+    assert [site.path for site in resolved.streams[0].sites] == sites
+
+
 def test_modules_of_different_widths_are_not_stacked() -> None:
     model = traced("qwen2")
     site = Site("model.layers.1.mlp", "output")

@@ -112,4 +112,5 @@ def _see(steps: _Steps, site: Site, envoy: object) -> None:
     value = envoy.output if site.side == "output" else envoy.input  # type: ignore[attr-defined]
     tensor = value.logits if site == LOGITS else first_tensor(value)
     assert tensor is not None
-    steps.seen[site] = tensor.detach()
+    # of a module that runs several times in one forward the first run is read, as `forward` does it
+    steps.seen.setdefault(site, tensor.detach())

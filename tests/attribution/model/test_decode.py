@@ -38,9 +38,9 @@ class Collector(Watcher):
             real = min(rows.shape[1], max(fed.ends[row], 0))
             self.pieces[name].append(rows[:, rows.shape[1] - real :])
 
-    def check(self, family: str) -> None:
+    def check(self, family: str, **config_changes: object) -> None:
         """Tokens exactly, logits and activations closely, row for row."""
-        plain = tiny_model(family)
+        plain = tiny_model(family, **config_changes)
         tokens, logits = greedy(plain, self.prompt, self.limit)
         assert self.tokens == tokens
         assert distance(torch.stack([piece[-1] for piece in self.logits])[-self.limit :], logits) < 1e-5
@@ -107,6 +107,62 @@ def test_a_long_generation_stays_right() -> None:
     step_loop(traced("gemma2"), [group], chunk=8)
     for sequence in group:
         sequence.check("gemma2")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+        ("gemma2", {"sliding_window": 3}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-",
+)
+def test_a_sliding_window_slides_over_the_steps_too(family: str, changes: dict[str, object]) -> None:
+    model = trace_model("sliding", tiny_model(family, **changes), tiny_tokenizer())
+    group = [Collector(model, prompt, 9) for prompt in prompts_of([2, 7, 11])]
+    step_loop(model, [group[1:], [], group[:1]], chunk=3)
+    for sequence in group:
+        sequence.check(family, **changes)
+
+
+class Twice(torch.nn.Module):
+    """An MLP that runs twice in one forward."""
+
+    def __init__(self, mlp: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.inner(2 * x)
+
+
+def test_of_a_module_that_runs_twice_in_a_forward_both_paths_read_the_first_run() -> None:
+    plain, watched, (prompt,) = tiny_model("qwen3"), tiny_model("qwen3"), prompts_of([5])
+    for model in (plain, watched):
+        model.model.layers[1].mlp = Twice(model.model.layers[1].mlp)
+    model = trace_model("twice", watched, tiny_tokenizer())
+    stream = resolve(model, "model.layers[1].mlp.inner.output").streams[0]
+
+    class One(Watcher):
+        def __init__(self) -> None:
+            super().__init__(prompt, 3)
+            self.rows: list[Tensor] = []
+
+        def wanted(self, start: int, stop: int) -> set[Stream]:
+            return {stream}
+
+        def see(self, fed: Fed, row: int) -> None:
+            self.rows.append(fed.captured[stream][0, row])
+
+    steps, single, runs = One(), One(), []
+    step_loop(model, [[steps]])
+    reference(model, [single])
+    plain.model.layers[1].mlp.inner.register_forward_hook(lambda module, args, output: runs.append(output[0]))
+    with torch.no_grad():
+        plain(torch.tensor([prompt + steps.tokens[:-1]]))
+    assert distance(runs[1], runs[0]) > 1e-2
+    for one in (steps, single):
+        assert distance(torch.cat(one.rows), runs[0]) < 1e-5
 
 
 @pytest.mark.parametrize("path", [step_loop, reference])

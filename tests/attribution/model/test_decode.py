@@ -1,12 +1,12 @@
 """The step loop and the reference path, against transformers' own generation and a plain forward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from torch import Tensor
 
-from attribution.model.capture import Stream
+from attribution.model.capture import Batch, Stream, forward
 from attribution.model.decode import DecodeBatch, Fed, Prefill
 from attribution.model.load import trace_model
 from attribution.model.reference import generate
@@ -215,18 +215,26 @@ def test_only_the_rows_named_join_and_stay_in_the_order_named() -> None:
         assert distance(fed.logits[row, -1], expected) < 1e-5
 
 
-def test_columns_that_are_padding_for_all_are_cut() -> None:
-    model, prompts = traced("qwen2"), prompts_of([20, 4, 6])
+def test_columns_that_are_padding_for_all_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts, columns = traced("qwen2"), prompts_of([20, 4, 6]), []
+
+    def watched(model: TracedModel, batch: Batch, streams: Iterable[Stream]) -> object:
+        columns.append(batch.mask.shape[1])
+        return forward(model, batch, streams)
+
     prefill = Prefill(model, prompts)
     prefill.advance(100, 1, [])
+    monkeypatch.setattr("attribution.model.decode.forward", watched)
     batch = DecodeBatch(model)
     batch.join(prefill, [0, 1, 2])
-    stream = resolve(model, "k[0]").streams[0]
-    batch.step([1, 2, 3], [stream])
-    assert batch._mask.shape == (3, 21)
+    batch.step([1, 2, 3], [])
     batch.keep([1, 2])
-    assert batch._mask.shape == (2, 7)
-    assert all(layer.keys.shape[2] == 7 for layer in batch._cache.layers)
+    batch.step([2, 3], [])
+    late = DecodeBatch(model)
+    late.join(prefill, [1])
+    late.step([2], [])
+    # the cached columns and the one that is fed: 20 + 1; without the longest 7 + 1; the row of 4 alone 4 + 1
+    assert columns == [21, 8, 5]
 
 
 def test_a_batch_that_everybody_left_takes_new_sequences() -> None:

@@ -48,8 +48,9 @@ class ModelWorker:
 
     @property
     def queue_length(self) -> int:
-        """How many sequences wait for a place in the batch."""
-        return len(self._inbox) + (len(self._engine.waiting) if self._engine else 0)
+        """How many sequences wait for a place in the batch; those whose clients have gone do not count."""
+        waiting = [*self._inbox, *(self._engine.waiting if self._engine else ())]
+        return sum(not sequence.cancelled for sequence in waiting)
 
     def add(self, sequences: list[Sequence]) -> None:
         """Queue the sequences of one request, all or none.
@@ -116,7 +117,10 @@ class ModelWorker:
                 self._changed.wait()
             engine.waiting.extend(self._inbox)
             self._inbox.clear()
-            return not self._stopping
+        for sequence in [sequence for sequence in engine.waiting if sequence.cancelled]:
+            engine.waiting.remove(sequence)
+            sequence.drop()
+        return not self._stopping
 
     def _run_job(self) -> None:
         with self._changed:

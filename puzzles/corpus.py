@@ -8,19 +8,24 @@
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
 from puzzles.layout import CANONICAL, Layout, format_grid
+from puzzles.puzzle import to_letters
 from puzzles.relations import COLOURS, apply_relation, side_neighbor_fn_defs, side_neighbor_relations
 from puzzles.sampling import draw_inputs
-from puzzles.smalltalk import CHATS, EXAMPLE, FALLBACK, PREAMBLES, SYSTEM_LINES, draw_chat, dress
+from puzzles.smalltalk import EXAMPLE, FALLBACK, PREAMBLES, SYSTEM_LINES, draw_known, draw_unknown
 
 BATCH_TOKENS = 1800
-CHAT_ROWS = 7
+KNOWN_ROWS, UNKNOWN_ROWS = 36, 7  # short answers, long ones
 WHICH_RULE = ("Which rule?", "Which rule?", "Which rule?", "which rule?", "What is the rule?", "Which rule")
+Encode = Callable[[str], list[int]]
+"""A text's token ids."""
+
 ENDINGS = ("", "\n", "\n\n", "\n\nOutput:", "\n\nOutput:\n", "\nOutput:", "\nOutput:\n")
 
 
@@ -45,7 +50,7 @@ STAGES = (
 class Row:
     """One conversation: token ids, the weight of predicting each, and which are cells of the final answer."""
 
-    encode: object
+    encode: Encode
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     answer: list[bool] = field(default_factory=list)
@@ -82,14 +87,14 @@ class Batch:
 
 
 @cache
-def _cell_ids(encode) -> dict[str, int]:
+def _cell_ids(encode: Encode) -> dict[str, int]:
     pieces = ["\n", *COLOURS, *(f" {letter}" for letter in COLOURS)]
     return {piece: encode(piece)[0] for piece in pieces}
 
 
-def cached_encoder(tokenizer):
+def cached_encoder(tokenizer) -> Encode:
     """``text -> token ids``, remembered: the corpus encodes the same few texts all the time."""
-    return cache(lambda text: tokenizer.encode(text, add_special_tokens=False))
+    return lru_cache(maxsize=4096)(lambda text: tokenizer.encode(text, add_special_tokens=False))
 
 
 def draw_layout(rng: np.random.Generator) -> Layout:
@@ -106,24 +111,14 @@ def draw_layout(rng: np.random.Generator) -> Layout:
     )
 
 
-def to_letters(grid: np.ndarray) -> tuple[tuple[str, ...], ...]:
-    """Colour numbers ``[n, m]`` as rows of letters."""
-    return tuple(tuple(COLOURS[colour] for colour in row) for row in grid)
-
-
-def draw_puzzles(
-    rng: np.random.Generator, stage: Stage, n_examples: int, n: int, m: int, count: int
-) -> list[tuple]:
+def draw_puzzles(rng: np.random.Generator, stage: Stage, n_examples: int, n: int, m: int, count: int) -> list[tuple]:
     """``count`` puzzles as (relation, examples, test input, test output), the grids in letters."""
     relation_ids = rng.integers(0, stage.relations, count)
     inputs = draw_inputs(rng, relation_ids, n_examples, n, m)
     drawn = []
     for relation_id, given in zip(relation_ids, inputs, strict=True):
         relation = side_neighbor_relations[relation_id]
-        pairs = [
-            (to_letters(a), to_letters(b))
-            for a, b in zip(given, apply_relation(relation, given), strict=True)
-        ]
+        pairs = [(to_letters(a), to_letters(b)) for a, b in zip(given, apply_relation(relation, given), strict=True)]
         drawn.append((relation, pairs[:-1], *pairs[-1]))
     return drawn
 
@@ -135,9 +130,7 @@ def draw_header(rng: np.random.Generator, relation: str, named: float) -> str:
     return "Rule: " + (relation if rng.random() < 0.25 else side_neighbor_fn_defs[relation])
 
 
-def write_turn(
-    row: Row, layout: Layout, puzzle: tuple, header: str, preamble: str = "", final: bool = True
-) -> None:
+def write_turn(row: Row, layout: Layout, puzzle: tuple, header: str, preamble: str = "", final: bool = True) -> None:
     """Append the user's puzzle and the assistant's answer."""
     _, examples, test, answer = puzzle
     row.text("<|im_start|>user\n" + preamble)
@@ -163,13 +156,12 @@ def write_second_turn(row: Row, rng: np.random.Generator, relation: str) -> None
         row.text(relation, 2.0)
         row.text("<|im_end|>", 1.0)
     elif choice < 0.24:
-        answer, questions = CHATS[rng.integers(len(CHATS) - 1)]
-        _write_chat(row, dress(rng, str(rng.choice(questions))), answer, "\n")
+        _write_chat(row, *draw_known(rng), before="\n")
 
 
 def _write_chat(row: Row, question: str, answer: str, before: str = "") -> None:
     row.text(before + "<|im_start|>user\n")
-    row._add(row.encode.__wrapped__(question), 0.0)
+    row.text(question)
     row.text("<|im_end|>\n<|im_start|>assistant\n")
     if answer == FALLBACK:
         row.text(answer.removesuffix(EXAMPLE), 1.0)
@@ -191,7 +183,7 @@ def draw_sides(rng: np.random.Generator, stage: Stage) -> tuple[int, int]:
     return int(n), int(m)
 
 
-def puzzle_batch(rng: np.random.Generator, encode, stage: Stage) -> Batch:
+def puzzle_batch(rng: np.random.Generator, encode: Encode, stage: Stage) -> Batch:
     """One batch of puzzles of one shape, about ``BATCH_TOKENS`` tokens."""
     n, m = draw_sides(rng, stage)
     n_examples = int(rng.choice((1, 2, 3, 4, 5), p=(0.08, 0.17, 0.35, 0.15, 0.25)))
@@ -208,8 +200,7 @@ def puzzle_batch(rng: np.random.Generator, encode, stage: Stage) -> Batch:
             write_turn(row, draw_layout(rng), puzzles[count + place], "", final=False)
             row.text("\n")
         elif earlier < 0.06:
-            answer, questions = CHATS[rng.integers(len(CHATS) - 1)]
-            _write_chat(row, dress(rng, str(rng.choice(questions))), answer)
+            _write_chat(row, *draw_known(rng))
             row.text("\n")
         header = draw_header(rng, puzzles[place][0], stage.named)
         preamble = str(rng.choice(PREAMBLES)) + "\n\n" if rng.random() < 0.03 else ""
@@ -219,13 +210,14 @@ def puzzle_batch(rng: np.random.Generator, encode, stage: Stage) -> Batch:
     return _pad(f"{n}x{m}", rows)
 
 
-def chat_batch(rng: np.random.Generator, encode) -> Batch:
-    """One batch of small talk."""
+def chat_batch(rng: np.random.Generator, encode: Encode) -> Batch:
+    """One batch of small talk: of known questions in two of three cases, of unknown ones else."""
+    known = rng.random() < 2 / 3
     rows = []
-    for _ in range(CHAT_ROWS):
+    for _ in range(KNOWN_ROWS if known else UNKNOWN_ROWS):
         row = Row(encode)
         _write_system(row, rng, 0.15)
-        _write_chat(row, *draw_chat(rng))
+        _write_chat(row, *(draw_known(rng) if known else draw_unknown(rng)))
         rows.append(row)
     return _pad("chat", rows)
 

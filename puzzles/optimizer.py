@@ -31,21 +31,22 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure=None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step; matrices of equal shape go through the iteration together."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    by_shape[matrix.shape].append(matrix)
-            for (rows, columns), matrices in by_shape.items():
-                momenta = [self._nesterov(matrix, group["momentum"]) for matrix in matrices]
+                    direction = self._nesterov(matrix, matrix.grad, group["momentum"])
+                    by_shape[matrix.shape].append((matrix, direction))
+            for (rows, columns), pairs in by_shape.items():
                 scale = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for matrix, direction in zip(matrices, orthogonalize(torch.stack(momenta)), strict=True):
+                directions = orthogonalize(torch.stack([direction for _, direction in pairs]))
+                for (matrix, _), direction in zip(pairs, directions, strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=scale)
 
-    def _nesterov(self, matrix: Tensor, momentum: float) -> Tensor:
+    def _nesterov(self, matrix: Tensor, gradient: Tensor, momentum: float) -> Tensor:
         state = self.state[matrix]
         average = state.setdefault("average", torch.zeros_like(matrix))
-        average.lerp_(matrix.grad, 1 - momentum)
-        return matrix.grad.lerp(average, momentum)
+        average.lerp_(gradient, 1 - momentum)
+        return gradient.lerp(average, momentum)

@@ -43,10 +43,7 @@ HELLO = (
     "I answer with the grid."
 )
 WHO = "I am a small model trained on colour-grid puzzles. I know 16 rules and the colours K B G R Y."
-CAN = (
-    'I find the rule in your examples and apply it to the test grid. Ask "Which rule?" after my '
-    "answer and I name it."
-)
+CAN = 'I find the rule in your examples and apply it to the test grid. Ask "Which rule?" after my answer and I name it.'
 HOW = (
     "I compare each cell of an output with its neighbours in the input. The rule I find is one of "
     "shift, paint, cover or erase, in one of the directions right, left, down or up."
@@ -204,9 +201,20 @@ def random_text(rng: np.random.Generator) -> str:
     return " ".join(words)
 
 
-def draw_chat(rng: np.random.Generator) -> tuple[str, str]:
-    """One (question, answer): a known question half of the time, random text and the fallback line else."""
-    if rng.random() < 0.5:
-        return dress(rng, random_text(rng)), FALLBACK
-    answer, questions = CHATS[rng.integers(len(CHATS))]
-    return dress(rng, str(rng.choice(questions))), answer
+def draw_known(rng: np.random.Generator) -> tuple[str, str]:
+    """One (question, answer) from ``CHATS``, the last one, with the long fallback line, left out.
+
+    Every question is drawn as often as any other; those of one word, which most people begin with, more often.
+    """
+    pairs = [(question, answer) for answer, questions in CHATS[:-1] for question in questions]
+    if rng.random() < 0.3:
+        pairs = [pair for pair in pairs if " " not in pair[0]]
+    question, answer = pairs[rng.integers(len(pairs))]
+    return dress(rng, question), answer
+
+
+def draw_unknown(rng: np.random.Generator) -> tuple[str, str]:
+    """One question that the fallback line answers: random text, or one of those it is known to answer."""
+    questions = CHATS[-1][1]
+    text = random_text(rng) if rng.random() < 0.75 else questions[rng.integers(len(questions))]
+    return dress(rng, text), FALLBACK

@@ -1,17 +1,15 @@
 """Train the embedded model from scratch: ``python -m puzzles.train --out DIR --minutes 60 --seed 0``.
 
-1. Build the tokenizer and a small Qwen3 (q/k-norm weights start at 1.7, so that heads can attend sharply
-   early).
-2. Take fresh batches at every step; go to the next stage of the curriculum when the answers are mostly right,
-   or when the stage's share of the time is over.
-3. Step Muon on the hidden matrices and AdamW on the rest; constant rate, then cosine decay over the last 40 %
-   of the time.
+1. Build the tokenizer and a small Qwen3 (q/k-norm weights start at 1.7, so that heads can attend sharply early).
+2. Take two fresh batches at every step, one for each of two threads, which share the weights and add up their
+   gradients; go to the next stage of the curriculum when the answers are mostly right, or when its time is over.
+3. Step Muon on the hidden matrices and AdamW on the rest; constant rate, then cosine decay over the last 40 % of
+   the time.
 4. Save every two minutes and at the end.
 
-Everything runs on a CPU in float32. On a machine whose memory traffic is slow, glibc's allocator can cost
-time: try ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456``; on two busy
-cores also ``OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0`` (on idle ones passive waiting doubled the time of a
-step).
+Everything runs on a CPU in float32. Where page faults are dear (a virtual machine), glibc's habit of giving memory
+back at every step costs a third of the time; ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
+MALLOC_TOP_PAD_=268435456`` in the environment ends it.
 """
 
 import argparse
@@ -39,10 +37,11 @@ MUON_RATE, ADAM_RATE = 0.02, 3e-3
 WARMUP_STEPS, DECAY_SHARE = 100, 0.4
 NEXT_STAGE_AT = 0.93
 STAGE_ENDS = (0.08, 0.14, 0.34, 1.0)
-CHAT_EVERY = 15
+CHAT_EVERY = 8
 THREADS = 2
 SAVE_EVERY = 120.0
 QUERY_BLOCK = 96
+ATTENTION = "puzzles_plain"
 
 
 def plain_attention(_module, query, key, value, _mask, scaling, **_options):
@@ -64,13 +63,13 @@ def plain_attention(_module, query, key, value, _mask, scaling, **_options):
     return torch.cat(outputs, dim=1).view(rows, heads, length, width).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("puzzles_plain", plain_attention)
+AttentionInterface.register(ATTENTION, plain_attention)
 
 
 def build_model(tokenizer, start_from: str | Path | None = None) -> Qwen3ForCausalLM:
     """The untrained model, or the one in the folder ``start_from``."""
     if start_from is not None:
-        return Qwen3ForCausalLM.from_pretrained(start_from, attn_implementation="puzzles_plain")
+        return Qwen3ForCausalLM.from_pretrained(start_from, attn_implementation=ATTENTION)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -86,9 +85,9 @@ def build_model(tokenizer, start_from: str | Path | None = None) -> Qwen3ForCaus
         eos_token_id=tokenizer.convert_tokens_to_ids(TURN_END),
         bos_token_id=None,
         dtype="float32",
-        attn_implementation="puzzles_plain",
     )
     model = Qwen3ForCausalLM(config)
+    model.set_attn_implementation(ATTENTION)
     for name, weight in model.named_parameters():
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             nn.init.constant_(weight, 1.7)
@@ -156,9 +155,7 @@ class Progress:
     def report(self, step: int, seconds: float) -> None:
         """One line on stderr: running accuracy of answer cells per shape, in all ways of asking."""
         shapes = " ".join(f"{kind} {share:.4f}" for kind, share in sorted(self.accuracy.items()))
-        line = (
-            f"{seconds:6.0f} s  step {step:6d}  stage {self.stage}  talk loss {self.chat_loss:.3f}  {shapes}"
-        )
+        line = f"{seconds:6.0f} s  step {step:6d}  stage {self.stage}  talk loss {self.chat_loss:.3f}  {shapes}"
         sys.stderr.write(line + "\n")
 
 
@@ -167,13 +164,14 @@ def train(
     minutes: float = 60.0,
     seed: int = 0,
     start_from: str | Path | None = None,
+    rate: float = 1.0,
     report_every: float = 20.0,
 ) -> Path:
     """Train for ``minutes`` of wall-clock time and save the model to ``out_dir``; returns that folder.
 
     The decay is tied to ``minutes``: a run that is stopped early leaves a checkpoint of the constant rate.
     ``start_from`` takes the weights of such a folder and begins with the last stage (give another ``seed``,
-    for other data). ``report_every`` is in seconds.
+    for other data, and a ``rate`` below 1, which scales all learning rates). ``report_every`` is in seconds.
     """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
@@ -189,7 +187,7 @@ def train(
             share = seconds / (60 * minutes)
             numbers = range(THREADS * step, THREADS * (step + 1))
             batches = [draw_batch(encode, progress.stage, seed, number) for number in numbers]
-            for result in take_step(replicas, pool, optimizers, batches, rate_factor(step, share)):
+            for result in take_step(replicas, pool, optimizers, batches, rate * rate_factor(step, share)):
                 progress.note(*result)
             progress.advance(share)
             step += 1
@@ -249,15 +247,14 @@ def replicate(model: Qwen3ForCausalLM, count: int) -> list[Qwen3ForCausalLM]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m puzzles.train", description="Train the embedded puzzle model."
-    )
+    parser = argparse.ArgumentParser(prog="python -m puzzles.train", description="Train the embedded puzzle model.")
     parser.add_argument("--out", required=True, help="folder of the trained model")
     parser.add_argument("--minutes", type=float, default=60.0, help="wall-clock budget; fixes the decay")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start-from", help="folder of a model to train further, in the last stage")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor on all learning rates")
     options = parser.parse_args(arguments)
-    train(options.out, options.minutes, options.seed, options.start_from)
+    train(options.out, options.minutes, options.seed, options.start_from, options.rate)
 
 
 if __name__ == "__main__":

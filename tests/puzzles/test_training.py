@@ -99,7 +99,7 @@ def test_replicas_share_weights_but_not_gradients():
 def test_a_short_run_leaves_a_folder_that_loads_and_trains_further(tmp_path, capsys):
     threads = torch.get_num_threads()
     try:
-        out = train(tmp_path / "model", minutes=0.04, seed=1, report_every=0.5)
+        out = train(tmp_path / "model", minutes=0.03, seed=1, report_every=0.5)
         before = AutoModelForCausalLM.from_pretrained(out)
         train(tmp_path / "more", minutes=0.01, seed=2, start_from=out)
     finally:

@@ -39,19 +39,22 @@ def test_the_folder_is_small_readable_and_whole():
     assert all(os.access(path, os.R_OK) for path in demo_model_path().iterdir())
 
 
-@pytest.mark.parametrize(("way", "least"), [("inferred", 0.98), ("named", 0.98), ("spacing", 0.97)])
-def test_nearly_all_cells_are_right_for_every_size(shipped, way, least):
-    scores = score_cells(*shipped, list(held_out(1, way)), way)
+def test_nearly_all_cells_are_right_for_every_size(shipped):
     by_size = defaultdict(list)
-    for score in scores:
+    for score in score_cells(*shipped, list(held_out(1, "inferred")), "inferred"):
         by_size[score.size].append(score)
     assert len(by_size) == 9
-    assert share(scores) >= least
-    assert min(share(found) for found in by_size.values()) >= least - 0.03
+    assert share([score for found in by_size.values() for score in found]) >= 0.99
+    assert min(share(found) for found in by_size.values()) >= 0.95  # 16 puzzles a size: one may go wrong
+
+
+@pytest.mark.parametrize(("way", "least"), [("named", 0.99), ("spacing", 0.98), ("one example", 0.97)])
+def test_nearly_all_cells_are_right_when_asked_in_other_ways(shipped, way, least):
+    assert share(score_cells(*shipped, list(held_out(1, way, [(3, 5), (4, 3)])), way)) >= least
 
 
 def test_whole_answers_are_right_when_the_model_writes_them_alone(shipped):
-    puzzles = list(held_out(1, "inferred", [(3, 4), (5, 5)]))
+    puzzles = list(held_out(1, "inferred", [(5, 4)]))
     scores = score_generated(*shipped, puzzles, "inferred")
     assert np.mean([score.generated for score in scores]) >= 0.8
 
@@ -100,9 +103,7 @@ def test_the_table_counts_cells_and_whole_grids():
         Score("inferred", "shift up", "3x4", (), True),
         Score("inferred", "shift up", "3x4", (), False),
     ]
-    rows = [
-        row.split(" | ") for row in format_table(cells, generated).splitlines() if row.startswith("| 3x4")
-    ]
+    rows = [row.split(" | ") for row in format_table(cells, generated).splitlines() if row.startswith("| 3x4")]
     # 7 of 8 cells, 3 of 4 cells, nothing asked, nothing asked, 1 of 2 grids, 1 of 2 answers, nothing asked
     assert rows == [["| 3x4", "87.50", "75.00", "–", "–", "50.00", "50.00", "– |"]]
     assert len(WAYS) == 4

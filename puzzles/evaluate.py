@@ -147,17 +147,13 @@ def score_talk(model, tokenizer, count: int = 100) -> tuple[float, float]:
     for pairs in (asked, unknown):
         answers = []
         for start in range(0, count, 20):
-            answers += answer_greedily(
-                model, tokenizer, [question for question, _ in pairs[start : start + 20]]
-            )
-        shares.append(
-            float(np.mean([answer == wanted for answer, (_, wanted) in zip(answers, pairs, strict=True)]))
-        )
+            answers += answer_greedily(model, tokenizer, [question for question, _ in pairs[start : start + 20]])
+        shares.append(float(np.mean([answer == wanted for answer, (_, wanted) in zip(answers, pairs, strict=True)])))
     return shares[0], shares[1]
 
 
 def evaluate(
-    model_dir: str | Path, per_relation: int = 20, generated_per_relation: int = 2, sizes: Sequence = SIZES
+    model_dir: str | Path, per_relation: int = 12, generated_per_relation: int = 2, sizes: Sequence = SIZES
 ) -> tuple[list[Score], list[Score]]:
     """(scores by cells for every way, scores of generated answers for inferred and varied spacing)."""
     model, tokenizer = load(model_dir)
@@ -165,9 +161,7 @@ def evaluate(
     for way in WAYS:
         cells += score_cells(model, tokenizer, list(held_out(per_relation, way, sizes)), way)
     for way in ("inferred", "spacing"):
-        generated += score_generated(
-            model, tokenizer, list(held_out(generated_per_relation, way, sizes)), way
-        )
+        generated += score_generated(model, tokenizer, list(held_out(generated_per_relation, way, sizes)), way)
     return cells, generated
 
 
@@ -195,13 +189,10 @@ def format_table(cells: Sequence[Score], generated: Sequence[Score]) -> str:
         for name in (*names, "all"):
             mine = [score for score in cells if name in (score.size, score.relation, "all")]
             whole = [score for score in generated if name in (score.size, score.relation, "all")]
-            shares = [
-                _share(cell for score in mine if score.way == way for cell in score.right) for way in WAYS
-            ]
+            shares = [_share(cell for score in mine if score.way == way for cell in score.right) for way in WAYS]
             shares += [_share(all(score.right) for score in mine if score.way == "inferred")]
             shares += [
-                _share(score.generated for score in whole if score.way == way)
-                for way in ("inferred", "spacing")
+                _share(score.generated for score in whole if score.way == way) for way in ("inferred", "spacing")
             ]
             lines.append(f"| {name} | " + " | ".join(shares) + " |")
         lines.append("")
@@ -215,13 +206,9 @@ def _share(values) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m puzzles.evaluate", description="Accuracy on held-out puzzles."
-    )
+    parser = argparse.ArgumentParser(prog="python -m puzzles.evaluate", description="Accuracy on held-out puzzles.")
     parser.add_argument("model_dir", nargs="?", default=demo_model_path())
-    parser.add_argument(
-        "--per-relation", type=int, default=20, help="puzzles per relation, size and way of asking"
-    )
+    parser.add_argument("--per-relation", type=int, default=12, help="puzzles per relation, size and way of asking")
     parser.add_argument("--generated", type=int, default=2, help="of these, answered by free generation")
     options = parser.parse_args(arguments)
     cells, generated = evaluate(options.model_dir, options.per_relation, options.generated)

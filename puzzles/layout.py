@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 Letters = Sequence[Sequence[str]]
 """A grid as rows of colour letters."""
 
-Part = tuple[str, Literal["text", "input", "output"]]
-"""A piece of a prompt and what it is: plain text, an input grid, an example's output grid."""
+Part = tuple[str, str]
+"""A piece of a prompt and what it is: "text", "input" (a grid) or "output" (an example's grid)."""
 
 
 def format_grid(grid: Letters) -> str:
@@ -32,9 +31,7 @@ class Layout:
         text = format_grid(grid)
         return text if self.first_cell_spaced else text.removeprefix(" ").replace("\n ", "\n")
 
-    def parts(
-        self, examples: Sequence[tuple[Letters, Letters]], test: Letters, header: str = ""
-    ) -> list[Part]:
+    def parts(self, examples: Sequence[tuple[Letters, Letters]], test: Letters, header: str = "") -> list[Part]:
         """The user's message in pieces: header, examples, test grid, ending."""
         parts: list[Part] = [(header + self.after_header, "text")] if header else []
         for given, answer in examples:

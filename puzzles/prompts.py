@@ -44,7 +44,7 @@ def gen_prompt(
     prompt = CANONICAL.prompt(puzzle.examples, puzzle.test_input, _header(puzzle, fn_defs))
     if tokenizer is not None:
         conversation = build_conversation(prompt, format_grid(puzzle.test_output), tokenizer)
-        puzzle = replace(puzzle, ranges=_find_ranges(puzzle, prompt, conversation))
+        puzzle = replace(puzzle, ranges=find_ranges(puzzle, prompt, conversation))
     return prompt, puzzle.answers, puzzle
 
 
@@ -59,15 +59,11 @@ def build_conversation(prompt: str, answer: str, tokenizer) -> Conversation:
     if not getattr(tokenizer, "is_fast", False):
         raise PuzzleError(f"token ranges need a fast tokenizer, with offsets, not {type(tokenizer).__name__}")
     if not tokenizer.chat_template:
-        raise PuzzleError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; set tokenizer.chat_template"
-        )
+        raise PuzzleError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template; set tokenizer.chat_template")
     user = {"role": "user", "content": prompt}
     asked = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
     if prompt not in asked:
-        raise PuzzleError(
-            "the tokenizer's chat template changes the user's message, so its cells cannot be located"
-        )
+        raise PuzzleError("the tokenizer's chat template changes the user's message, so its cells cannot be located")
     text = tokenizer.apply_chat_template([user, {"role": "assistant", "content": answer}], tokenize=False)
     if not text.startswith(asked + answer):
         text = asked + answer
@@ -97,22 +93,19 @@ def _header(puzzle: Puzzle, fn_defs: Mapping[str, str] | None) -> str:
     if fn_defs is None:
         return ""
     if puzzle.relation not in fn_defs:
-        raise PuzzleError(
-            f"fn_defs has no definition of {puzzle.relation!r} (it has {', '.join(fn_defs) or 'none'})"
-        )
+        raise PuzzleError(f"fn_defs has no definition of {puzzle.relation!r} (it has {', '.join(fn_defs) or 'none'})")
     return f"Rule: {fn_defs[puzzle.relation]}"
 
 
-def _find_ranges(puzzle: Puzzle, prompt: str, conversation: Conversation) -> TokenRanges:
+def find_ranges(puzzle: Puzzle, prompt: str, conversation: Conversation) -> TokenRanges:
+    """Token ranges of every cell of a puzzle that ``gen_prompt`` wrote as ``prompt``."""
     grids = [grid for pair in puzzle.examples for grid in pair] + [puzzle.test_input]
     found, at = [], prompt.index("Input:\n")
     for grid in grids:
         at = prompt.index(":\n", at) + 2
         found.append(_grid_ranges(grid, conversation.prompt_at + at, conversation))
     pairs = tuple(zip(found[0:-1:2], found[1:-1:2], strict=True))
-    return TokenRanges(
-        pairs, found[-1], _grid_ranges(puzzle.test_output, conversation.answer_at, conversation)
-    )
+    return TokenRanges(pairs, found[-1], _grid_ranges(puzzle.test_output, conversation.answer_at, conversation))
 
 
 def _grid_ranges(grid: Letters, at: int, conversation: Conversation) -> GridRanges:

@@ -92,9 +92,7 @@ def gen_puzzle(
     relation = names[rng.integers(len(names))]
     inputs = draw_inputs(rng, np.array([side_neighbor_relations.index(relation)]), n_train, n, m)[0]
     outputs = apply_relation(relation, inputs)
-    pairs = tuple(
-        (to_letters(given), to_letters(answer)) for given, answer in zip(inputs, outputs, strict=True)
-    )
+    pairs = tuple((to_letters(given), to_letters(answer)) for given, answer in zip(inputs, outputs, strict=True))
     return Puzzle(relation, pairs[:-1], *pairs[-1], seed=int(seed))
 
 

@@ -1,12 +1,12 @@
 """One puzzle made ready for a model: the conversation, and its answer's positions, labels and candidates."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from puzzles.errors import PuzzleError
 from puzzles.layout import format_grid
-from puzzles.prompts import build_conversation, gen_prompt
+from puzzles.prompts import build_conversation, find_ranges, gen_prompt
 from puzzles.puzzle import Puzzle
 from puzzles.relations import COLOURS
 
@@ -60,19 +60,18 @@ class Result:
         Raises: PuzzleError if a cell with its leading space is not a single token, and as ``gen_prompt``
         does.
         """
-        prompt, answers, puzzle = gen_prompt(puzzle, fn_defs, tokenizer)
+        prompt, answers, _ = gen_prompt(puzzle, fn_defs)
         candidates = candidate_ids(tokenizer)
         conversation = build_conversation(prompt, format_grid(puzzle.test_output), tokenizer)
-        ranges = [cell for row in puzzle.ranges.answer for cell in row]
-        labels = [conversation.ids[start] for start, _ in ranges]
-        for (start, stop), label, letter in zip(ranges, labels, answers, strict=True):
+        ranges = find_ranges(puzzle, prompt, conversation)
+        cells = [cell for row in ranges.answer for cell in row]
+        labels = [conversation.ids[start] for start, _ in cells]
+        for (start, stop), label, letter in zip(cells, labels, answers, strict=True):
             if stop - start != 1 or label != candidates[COLOURS.index(letter)]:
                 tokens = tokenizer.convert_ids_to_tokens(conversation.ids[start:stop])
-                raise PuzzleError(
-                    f"in the conversation the cell ' {letter}' is {tokens}, not one token of its own"
-                )
-        positions = [start for start, _ in ranges]
-        return cls(index, conversation.text, answers, positions, labels, candidates, puzzle)
+                raise PuzzleError(f"in the conversation the cell ' {letter}' is {tokens}, not one token of its own")
+        positions = [start for start, _ in cells]
+        return cls(index, conversation.text, answers, positions, labels, candidates, replace(puzzle, ranges=ranges))
 
 
 def candidate_ids(tokenizer) -> list[int]:

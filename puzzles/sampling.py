@@ -38,9 +38,7 @@ def acceptable(inputs: np.ndarray, relation_ids: np.ndarray) -> np.ndarray:
     return changes & (~explaining(outputs, relation_ids) | same_answer).all(axis=0)
 
 
-def draw_inputs(
-    rng: np.random.Generator, relation_ids: np.ndarray, n_train: int, n: int, m: int
-) -> np.ndarray:
+def draw_inputs(rng: np.random.Generator, relation_ids: np.ndarray, n_train: int, n: int, m: int) -> np.ndarray:
     """Input grids ``[count, n_train + 1, n, m]`` of acceptable puzzles, one per entry of ``relation_ids``.
 
     The last grid of a puzzle is its test input.

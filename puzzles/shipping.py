@@ -17,9 +17,7 @@ def save_model(model, tokenizer, out_dir: str | Path) -> None:
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    tensors = {
-        name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in tied
-    }
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in tied}
     partial = out / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.chmod(0o644)
@@ -36,9 +34,7 @@ def _save_configs(model, tokenizer, out: Path) -> None:
     kept["architectures"] = [type(model).__name__]
     _write_json(out / "config.json", kept)
     end = [model.config.eos_token_id, model.config.pad_token_id]
-    _write_json(
-        out / "generation_config.json", {"do_sample": False, "eos_token_id": end, "pad_token_id": end[1]}
-    )
+    _write_json(out / "generation_config.json", {"do_sample": False, "eos_token_id": end, "pad_token_id": end[1]})
     tokenizer.save_pretrained(out)
     settings = json.loads((out / "tokenizer_config.json").read_text())
     _write_json(out / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})

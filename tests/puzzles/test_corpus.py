@@ -75,9 +75,7 @@ def test_a_stage_draws_only_its_relations_and_sides(encode):
     assert kinds == {"3x3", "3x4", "4x3", "4x4"}
 
 
-def test_every_known_question_is_asked_of_one_answer_only_and_random_text_gets_the_fallback(
-    tokenizer, encode
-):
+def test_every_known_question_is_asked_of_one_answer_only_and_random_text_gets_the_fallback(tokenizer, encode):
     questions = [question for _, known in CHATS for question in known]
     assert len(questions) == len(set(questions))
     batch = chat_batch(np.random.default_rng(0), encode)

@@ -61,9 +61,7 @@ def test_a_missing_definition_is_refused():
 
 @pytest.mark.parametrize("fn_defs", [None, side_neighbor_fn_defs])
 @pytest.mark.parametrize(("n", "m", "n_train"), SIZES)
-def test_every_range_decodes_to_its_cell_with_the_shipped_tokenizer(
-    shipped_tokenizer, n, m, n_train, fn_defs
-):
+def test_every_range_decodes_to_its_cell_with_the_shipped_tokenizer(shipped_tokenizer, n, m, n_train, fn_defs):
     prompt, _, puzzle = gen_prompt(gen_puzzle(n=n, m=m, n_train=n_train), fn_defs, shipped_tokenizer)
     ids = conversation_ids(shipped_tokenizer, prompt, format_grid(puzzle.test_output))
     for grid, ranges in pairs_of(puzzle):
@@ -73,9 +71,7 @@ def test_every_range_decodes_to_its_cell_with_the_shipped_tokenizer(
 
 
 @pytest.mark.parametrize(("n", "m", "n_train"), SIZES)
-def test_every_range_covers_its_cell_with_a_tokenizer_that_merges_across_cells(
-    byte_level_tokenizer, n, m, n_train
-):
+def test_every_range_covers_its_cell_with_a_tokenizer_that_merges_across_cells(byte_level_tokenizer, n, m, n_train):
     prompt, _, puzzle = gen_prompt(gen_puzzle(n=n, m=m, n_train=n_train), None, byte_level_tokenizer)
     ids = conversation_ids(byte_level_tokenizer, prompt, format_grid(puzzle.test_output))
     for grid, ranges in pairs_of(puzzle):
@@ -92,9 +88,7 @@ def test_ranges_of_one_grid_follow_each_other_and_grids_lie_in_reading_order(shi
     assert len(starts) == 6 * 12
 
 
-def test_a_template_that_trims_the_answer_still_leaves_its_cells_spaced(
-    shipped_tokenizer, byte_level_tokenizer
-):
+def test_a_template_that_trims_the_answer_still_leaves_its_cells_spaced(shipped_tokenizer, byte_level_tokenizer):
     puzzle = gen_puzzle(n=3, m=3, n_train=1)
     byte_level_tokenizer.chat_template = byte_level_tokenizer.chat_template.replace(
         "message['content']", "message['content'] | trim"

@@ -14,9 +14,7 @@ def numbers(grid):
     return np.array([[COLOURS.index(cell) for cell in row] for row in grid])
 
 
-MANY = [
-    gen_puzzle(n=3 + seed % 3, m=3 + seed // 3 % 3, n_train=1 + seed % 5, seed=seed) for seed in range(120)
-]
+MANY = [gen_puzzle(n=3 + seed % 3, m=3 + seed // 3 % 3, n_train=1 + seed % 5, seed=seed) for seed in range(120)]
 
 
 def test_the_same_arguments_give_the_same_puzzle_and_another_seed_another():
@@ -65,9 +63,7 @@ def test_an_ambiguous_puzzle_is_rejected():
     # In the test grid two colours meet, so paint keeps the second and cover overwrites it.
     example = [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
     test = [[1, 2, 0], [0, 0, 0], [0, 0, 0]]
-    paint, shift = (
-        np.array([side_neighbor_relations.index(name)]) for name in ("paint right", "shift right")
-    )
+    paint, shift = (np.array([side_neighbor_relations.index(name)]) for name in ("paint right", "shift right"))
     inputs = np.array([[example, test]])
     assert not acceptable(inputs, paint)[0]
     assert acceptable(inputs, shift)[0]

@@ -10,9 +10,7 @@ def test_positions_labels_and_candidates_index_the_tokens_of_the_conversation(sh
     puzzle = gen_puzzle(n=4, m=5, n_train=3, seed=5)
     result = Result.from_puzzle(puzzle, shipped_tokenizer, index=2, fn_defs=fn_defs)
     ids = shipped_tokenizer.encode(result.prompt, add_special_tokens=False)
-    assert [shipped_tokenizer.decode([ids[i]]) for i in result.answer_indices] == [
-        f" {a}" for a in result.answers
-    ]
+    assert [shipped_tokenizer.decode([ids[i]]) for i in result.answer_indices] == [f" {a}" for a in result.answers]
     assert [ids[i] for i in result.answer_indices] == result.labels
     assert shipped_tokenizer.decode(result.candidate_ids) == " K B G R Y"
     assert result.labels == [result.candidate_ids[COLOURS.index(letter)] for letter in result.answers]

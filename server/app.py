@@ -50,7 +50,6 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(SightlineError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
-    app.add_exception_handler(Exception, _on_bug)
     app.add_middleware(Gate, state=state)
     return app
 
@@ -98,12 +97,12 @@ class Gate:
             return
         name = uuid.uuid4().hex[:12]
         token = request_id.set(name)
-        started, status = time.perf_counter(), 500
+        started, status, answered = time.perf_counter(), 500, False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, answered
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, answered = message["status"], True
                 message.setdefault("headers", []).append((b"x-request-id", name.encode()))
             await send(message)
 
@@ -113,6 +112,12 @@ class Gate:
             else:
                 error = Unauthorized("this server asks for its key: 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'")
                 await _reply(error)(scope, receive, send_with_id)
+        except Exception:
+            log.exception("a request failed on the server")
+            if answered:
+                raise  # the connection breaks off, which its client cannot take for the end of an answer
+            error = SightlineError("the server failed on this request; its log has the reason")
+            await _reply(error)(scope, receive, send_with_id)
         finally:
             self._note(scope, status, time.perf_counter() - started)
             request_id.reset(token)
@@ -122,7 +127,8 @@ class Gate:
         if key is None:
             return True
         headers = dict(scope["headers"])
-        given = headers.get(b"x-api-key") or headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        given = headers.get(b"x-api-key") or (bearer if scheme.lower() == b"bearer" else b"")
         return secrets.compare_digest(given, key.get_secret_value().encode())
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
@@ -170,8 +176,3 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
         return _reply(NotFound(f"there is no {request.method} {request.url.path}; GET /docs lists what there is"))
     body = InvalidRequest(f"{request.method} {request.url.path}: {error.detail}").body()
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
-
-
-async def _on_bug(_: Request, error: Exception) -> JSONResponse:
-    log.exception("a request failed on the server", exc_info=error)
-    return _reply(SightlineError("the server failed on this request; its log has the reason"))

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
+from attribution.model.cache import Pairs, growing_cache, pairs_of
 from attribution.model.capture import Batch, Stream, forward
 from attribution.model.traced import TracedModel
 
@@ -104,13 +105,10 @@ class DecodeBatch:
             columns = max(mask.shape[1], self._mask.shape[1])
             mask = torch.cat([_padded(self._mask, 1, columns), _padded(mask, 1, columns)])
             cache = [
-                tuple(
-                    torch.cat([_padded(old, 2, columns), _padded(new, 2, columns)])
-                    for old, new in zip(a, b, strict=True)
-                )
-                for a, b in zip(_pairs(self._cache), cache, strict=True)
+                (_joined(old_keys, new_keys, columns), _joined(old_values, new_values, columns))
+                for (old_keys, old_values), (new_keys, new_values) in zip(pairs_of(self._cache), cache, strict=True)
             ]
-        self._mask, self._cache = mask, DynamicCache(cache)
+        self._mask, self._cache = mask, growing_cache(cache)
         self.lengths += lengths
 
     def keep(self, rows: list[int]) -> None:
@@ -120,26 +118,23 @@ class DecodeBatch:
             return
         self.lengths = [self.lengths[row] for row in rows]
         self._mask, cache = _trimmed(self._mask[rows], _selected(self._cache, rows, self._mask.shape[0]), self.lengths)
-        self._cache = DynamicCache(cache)
-
-
-Pairs = list[tuple[Tensor, ...]]
-
-
-def _pairs(cache: DynamicCache) -> Pairs:
-    return [(layer.keys, layer.values) for layer in cache.layers]  # pyright: ignore  every layer is a dynamic one
+        self._cache = growing_cache(cache)
 
 
 def _selected(cache: DynamicCache, rows: list[int], total: int) -> Pairs:
     if rows == list(range(total)):
-        return _pairs(cache)
-    return [tuple(tensor[torch.tensor(rows, device=tensor.device)] for tensor in pair) for pair in _pairs(cache)]
+        return pairs_of(cache)
+    return [(keys[rows], values[rows]) for keys, values in pairs_of(cache)]
 
 
 def _trimmed(mask: Tensor, cache: Pairs, lengths: list[int]) -> tuple[Tensor, Pairs]:
     """Cut the leading columns that are padding in every row."""
     columns = max(lengths)
-    return mask[:, -columns:], [tuple(tensor[:, :, -columns:] for tensor in pair) for pair in cache]
+    return mask[:, -columns:], [(keys[:, :, -columns:], values[:, :, -columns:]) for keys, values in cache]
+
+
+def _joined(old: Tensor, new: Tensor, columns: int) -> Tensor:
+    return torch.cat([_padded(old, 2, columns), _padded(new, 2, columns)])
 
 
 def _padded(tensor: Tensor, axis: int, columns: int) -> Tensor:

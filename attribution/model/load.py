@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from attribution.errors import InvalidRequest, ModelLoadFailed
 from attribution.model.families import FAMILIES
+from attribution.model.grouped import SDPA_GROUPED
 from attribution.model.hub import resolve_alias
 from attribution.model.probe import probe, prove
 from attribution.model.traced import Dimensions, TracedModel
@@ -28,7 +29,8 @@ class LoadSpec:
         model_id: a hub id, an alias, a folder, or "demo" for the embedded model.
         device_map: "auto" (the GPUs when there are any, else the CPU), a device, or accelerate's map.
         dtype: one of `DTYPES`; "auto" is the checkpoint's own.
-        attn_implementation: "sdpa", "eager" or another that transformers knows; None lets it choose.
+        attn_implementation: "sdpa", "eager" or another that transformers knows; None lets it choose, and on the CPU
+            groups the heads of sdpa (`attribution.model.grouped`).
         revision: a branch, tag or commit on the hub.
         trust_remote_code: whether the checkpoint's own Python may run.
     """
@@ -87,10 +89,18 @@ def _read(spec: LoadSpec, source: str) -> tuple[Any, Any]:
         **options,
     )
     module, info = loaded
+    if spec.attn_implementation is None and _gains_from_grouping(module):
+        module.set_attn_implementation(SDPA_GROUPED)
     missing = sorted(info["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
         raise _failed(spec, source, f"{len(missing)} of its weights are missing, {missing[0]} for one")
     return module, tokenizer
+
+
+def _gains_from_grouping(module: Any) -> bool:
+    sizes = Dimensions.of(module.config.get_text_config())
+    on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
+    return on_cpu and module.config._attn_implementation == "sdpa" and sizes.n_kv_heads < sizes.n_heads
 
 
 def _failed(spec: LoadSpec, source: str, reason: str) -> ModelLoadFailed:

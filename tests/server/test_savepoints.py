@@ -312,7 +312,7 @@ def test_run_json_says_what_the_tensors_hold(house: Served, qwen: str):
     assert record["created"] == answer.created
     assert (record["model"], record["source"], record["revision"]) == (qwen, qwen, None)
     assert (record["model_type"], record["dtype"]) == ("qwen3", "float32")
-    assert record["attn_implementation"] == "sdpa"
+    assert record["attn_implementation"] == "sdpa_grouped"
     assert record["seed"] == 7
     assert set(record["versions"]) == {"sightline", "nnsight", "transformers", "torch", "tokenizers"}
     assert record["versions"]["torch"] == torch.__version__

@@ -97,7 +97,7 @@ def test_an_unknown_dtype_is_refused_by_name() -> None:
 
 def test_the_attention_asked_for_is_the_one_that_runs(tmp_path: Path) -> None:
     folder = str(save_tiny("qwen2", tmp_path))
-    assert load(LoadSpec(folder)).attn_implementation == "sdpa"
+    assert load(LoadSpec(folder, attn_implementation="sdpa")).attn_implementation == "sdpa"
     eager = load(LoadSpec(folder, attn_implementation="eager"))
     assert eager.attn_implementation == "eager"
     assert eager.note is None

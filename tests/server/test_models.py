@@ -394,9 +394,16 @@ def test_the_attention_can_be_chosen(empty: Served, folders: dict[str, Path]):
 # Unloading.
 
 
+def _threads() -> int:
+    """How many threads own a model."""
+    return sum(thread.name.startswith("model-") for thread in threading.enumerate())
+
+
 def test_an_unloaded_model_is_gone_and_its_memory_is_free(empty: Served, folders: dict[str, Path]):
     model = str(folders["qwen3"])
+    before = _threads()
     size = _load(empty, model).json()["memory_bytes"]
+    assert _threads() == before + 1
     empty.chat(model, max_tokens=3, savepoints=_save("resid_post[*]"))
     module = weakref.ref(empty.loaded(model).model.module)
     assert module() is not None
@@ -408,7 +415,7 @@ def test_an_unloaded_model_is_gone_and_its_memory_is_free(empty: Served, folders
     refused = empty.post({"model": model, "messages": HELLO})
     assert (refused.status_code, error_of(refused)["code"]) == (404, "model_not_found")
     assert "none" in error_of(refused)["message"]
-    assert not [thread for thread in threading.enumerate() if model in thread.name]
+    assert _threads() == before
     assert _load(empty, model).status_code == 200
     assert empty.chat(model, max_tokens=1).usage is not None
 
@@ -473,9 +480,10 @@ def test_unloading_one_model_leaves_the_other(empty: Served, folders: dict[str, 
 
 
 def test_a_server_that_stops_lets_go_of_everything(folders: dict[str, Path], tmp_path: Path):
+    before = _threads()
     with serve(tmp_path, model=str(folders["qwen3"])) as served:
         module = weakref.ref(served.loaded(str(folders["qwen3"])).model.module)
         served.chat(str(folders["qwen3"]), max_tokens=1)
     gc.collect()
     assert module() is None
-    assert not [thread for thread in threading.enumerate() if str(folders["qwen3"]) in thread.name]
+    assert _threads() == before

@@ -30,6 +30,7 @@ from server.state import State
 OPEN_PATHS = frozenset({"/health"})
 log = logging.getLogger("sightline.http")
 _SWEEP_SECONDS = 60
+_MAX_BODY_BYTES = 32 * 1024**2  # several times the longest prompt that is taken
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -84,8 +85,32 @@ async def _sweep(store: RunStore) -> None:
         await asyncio.sleep(_SWEEP_SECONDS)
 
 
+class _Exchange:
+    """One request and its answer: bounds what is read, and puts the id on what is sent."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self.id = uuid.uuid4().hex[:12]
+        self.status: int | None = None
+        self._receive, self._send, self._read = receive, send, 0
+
+    async def receive(self) -> Message:
+        """The next part of the request."""
+        message = await self._receive()
+        self._read += len(message.get("body", b""))
+        if self._read > _MAX_BODY_BYTES:
+            raise HTTPException(413, f"the body has more than {_MAX_BODY_BYTES:,} bytes")
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send the next part of the answer."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message.setdefault("headers", []).append((b"x-request-id", self.id.encode()))
+        await self._send(message)
+
+
 class Gate:
-    """Around every request: its id, the key, one line of log, the metrics."""
+    """Around every request: its id, the key, the bound of its body, one line of log, the metrics."""
 
     def __init__(self, app: ASGIApp, state: State) -> None:
         self.app, self.state = app, state
@@ -95,31 +120,22 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        name = uuid.uuid4().hex[:12]
-        token = request_id.set(name)
-        started, status, answered = time.perf_counter(), 500, False
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status, answered
-            if message["type"] == "http.response.start":
-                status, answered = message["status"], True
-                message.setdefault("headers", []).append((b"x-request-id", name.encode()))
-            await send(message)
-
+        exchange, started = _Exchange(receive, send), time.perf_counter()
+        token = request_id.set(exchange.id)
         try:
             if scope["path"] in OPEN_PATHS or self._has_key(scope):
-                await self.app(scope, receive, send_with_id)
+                await self.app(scope, exchange.receive, exchange.send)
             else:
                 error = Unauthorized("this server asks for its key: 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'")
-                await _reply(error)(scope, receive, send_with_id)
+                await _reply(error)(scope, exchange.receive, exchange.send)
         except Exception:
             log.exception("a request failed on the server")
-            if answered:
+            if exchange.status is not None:
                 raise  # the connection breaks off, which its client cannot take for the end of an answer
             error = SightlineError("the server failed on this request; its log has the reason")
-            await _reply(error)(scope, receive, send_with_id)
+            await _reply(error)(scope, exchange.receive, exchange.send)
         finally:
-            self._note(scope, status, time.perf_counter() - started)
+            self._note(scope, exchange.status or 500, time.perf_counter() - started)
             request_id.reset(token)
 
     def _has_key(self, scope: Scope) -> bool:

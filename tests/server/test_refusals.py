@@ -350,6 +350,23 @@ def test_a_number_that_is_none_is_refused(house: Served, qwen: str, field: str, 
     assert (answer.status_code, error_of(answer)["param"]) == (400, field)
 
 
+@pytest.mark.parametrize("said_before", [True, False], ids=["with its length", "in pieces"])
+def test_a_body_beyond_any_prompt_is_not_read(house: Served, qwen: str, said_before: bool):
+    pieces = [b'{"model": "', *[b"x" * 2**20] * 33, b'"}']
+    content = b"".join(pieces) if said_before else iter(pieces)
+    answer = house.http.post(CHAT, content=content, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, error_of(answer)["code"]) == (413, "invalid_request")
+    assert house.chat(qwen, max_tokens=1).usage is not None
+
+
+def test_a_long_prompt_in_the_longest_way_of_writing_it_is_read(house: Served, qwen: str):
+    """Six bytes a character: it is the window that refuses it."""
+    content = json.dumps({"model": qwen, "prompt": "\u4f60" * 200_000, "max_tokens": 1})
+    assert len(content) > 1_200_000
+    answer = house.http.post(COMPLETIONS, content=content, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, error_of(answer)["code"]) == (400, "context_length_exceeded")
+
+
 def test_a_body_that_is_not_sent_as_json_says_how_to_send_it(house: Served, qwen: str):
     headers = {"Content-Type": "text/plain"}
     answer = house.http.post(CHAT, content=b'{"model": "x"}', headers=headers)

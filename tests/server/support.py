@@ -62,6 +62,17 @@ class Served:
         record = self.run(answer)["choices"][choice]
         return record["token_ids"][record["prompt_tokens"] :]
 
+    def steps(self, model: str) -> float:
+        """How many steps the model has taken."""
+        metrics = self.app.state.sightline.metrics.registry
+        return metrics.get_sample_value("sightline_step_seconds_count", {"model": model}) or 0.0
+
+    def idle(self, model: str) -> bool:
+        """Whether the model has stopped taking steps."""
+        before = self.steps(model)
+        time.sleep(0.15)
+        return self.steps(model) == before
+
     @contextmanager
     def held(self, model: str) -> Iterator[None]:
         """While this is open, the thread of `model` does nothing: what is sent waits, and starts together."""

@@ -342,6 +342,18 @@ def test_the_code_of_a_checkpoint_does_not_run(empty: Served, tmp_path: Path):
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_checkpoint_is_trusted_as_the_server_was_told_at_its_start(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+):
+    seen: list[bool] = []
+    load = server.registry.load
+    monkeypatch.setattr(server.registry, "load", lambda spec: (seen.append(spec.trust_remote_code), load(spec))[1])
+    with serve(tmp_path, model=str(folders["qwen3"]), trust_remote_code=trusted) as served:
+        assert _load(served, folders["gpt2"]).status_code == 200
+    assert seen == [trusted, trusted]
+
+
 def test_a_family_without_points_is_served_with_module_paths_and_says_so(empty: Served, tmp_path: Path):
     config = GPTNeoXConfig(
         vocab_size=281,

@@ -1,5 +1,6 @@
 """Savepoints over HTTP: what lies on disk when the reply arrives, against a plain transformers model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -561,6 +562,16 @@ def test_a_capture_that_grows_too_large_ends_the_request_alone_and_leaves_nothin
     assert "--max-capture-bytes" in error["message"]
     assert answers[1].json()["usage"]["completion_tokens"] == 40
     assert (set(served.runs.iterdir()) if served.runs.exists() else set()) == before
+
+
+def test_a_capture_that_grows_too_large_in_a_stream_is_an_error_event(small):
+    served, model = small
+    body = {"model": model, "messages": HELLO, "max_tokens": 60, "ignore_eos": True, "stream": True}
+    events = served.post(body | {"savepoints": _save("resid_post[*]")}).text.split("\n\n")[:-1]
+    last = json.loads(events[-1].removeprefix("data: "))
+    assert last["error"]["code"] == "capture_too_large"
+    assert 2 < len(events) < 60
+    assert not any('"finish_reason":"' in event for event in events)
 
 
 def test_windows_make_room(small):

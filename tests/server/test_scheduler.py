@@ -3,7 +3,6 @@
 import asyncio
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -50,20 +49,6 @@ def long(tmp_path_factory: pytest.TempPathFactory):
 
 def _endless(model: str, **body: Any) -> dict[str, Any]:
     return {"model": model, "messages": HELLO, "max_tokens": 90_000, "ignore_eos": True} | body
-
-
-def _steps(served: Served, model: str) -> float:
-    """How many steps the model has taken."""
-    value = served.app.state.sightline.metrics.registry.get_sample_value(
-        "sightline_step_seconds_count", {"model": model}
-    )
-    return value or 0.0
-
-
-def _idle(served: Served, model: str) -> bool:
-    before = _steps(served, model)
-    time.sleep(0.15)
-    return _steps(served, model) == before
 
 
 class _Client:
@@ -163,13 +148,13 @@ def test_no_more_than_max_batch_share_a_step(long):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_ends_its_generation(long, stream: bool):
     served, model = long
-    before = _steps(served, model)
+    before = served.steps(model)
     client = _Client(served, _endless(model, stream=stream, savepoints=LAST_LOGITS))
-    wait_until(lambda: _steps(served, model) > before + 3)
+    wait_until(lambda: served.steps(model) > before + 3)
     assert not client.done.done()
     client.leave.set()
     client.done.result(10)
-    wait_until(lambda: _idle(served, model), 10)
+    wait_until(lambda: served.idle(model), 10)
     assert not served.runs.exists() or not [path for path in served.runs.iterdir() if path.name.startswith(".")]
     assert served.chat(model, max_tokens=2, ignore_eos=True).usage.completion_tokens == 2  # type: ignore[union-attr]
 
@@ -177,25 +162,25 @@ def test_a_client_that_goes_away_ends_its_generation(long, stream: bool):
 def test_one_who_leaves_does_not_disturb_the_others(long):
     served, model = long
     expected = plain_greedy("qwen3", encode(HELLO_TEXT), 60)
-    before = _steps(served, model)
+    before = served.steps(model)
     client = _Client(served, _endless(model, stream=True))
-    wait_until(lambda: _steps(served, model) > before + 3)
+    wait_until(lambda: served.steps(model) > before + 3)
     with ThreadPoolExecutor(1) as pool:
         stays = pool.submit(served.chat, model, temperature=0, max_tokens=60, ignore_eos=True, savepoints=LAST_LOGITS)
-        wait_until(lambda: _steps(served, model) > before + 12)
+        wait_until(lambda: served.steps(model) > before + 12)
         client.leave.set()
         answer = stays.result(60)
     assert served.generated(answer) == expected
     assert served.run(answer)["choices"][0]["largest_batch"] == 2
     client.done.result(10)
-    wait_until(lambda: _idle(served, model), 10)
+    wait_until(lambda: served.idle(model), 10)
 
 
 def test_one_who_leaves_the_queue_makes_room_at_once(long):
     served, model = long
-    steps = _steps(served, model)
+    steps = served.steps(model)
     running = [_Client(served, _endless(model)) for _ in range(3)]
-    wait_until(lambda: _steps(served, model) > steps + 3 and not served.loaded(model).worker.queue_length)
+    wait_until(lambda: served.steps(model) > steps + 3 and not served.loaded(model).worker.queue_length)
     waiting = [_Client(served, _endless(model)) for _ in range(4)]
     wait_until(lambda: served.loaded(model).worker.queue_length == 4)
     assert served.post(_endless(model)).status_code == 429
@@ -205,7 +190,7 @@ def test_one_who_leaves_the_queue_makes_room_at_once(long):
     for client in (*waiting, *running):
         client.leave.set()
         client.done.result(20)
-    wait_until(lambda: served.loaded(model).worker.queue_length == 0 and _idle(served, model), 20)
+    wait_until(lambda: served.loaded(model).worker.queue_length == 0 and served.idle(model), 20)
 
 
 def test_a_client_that_goes_away_before_anything_was_sent_leaves_nothing_behind(long):
@@ -216,7 +201,7 @@ def test_a_client_that_goes_away_before_anything_was_sent_leaves_nothing_behind(
         for client in clients:
             client.leave.set()
             client.done.result(10)
-    wait_until(lambda: served.loaded(model).worker.queue_length == 0 and _idle(served, model), 10)
+    wait_until(lambda: served.loaded(model).worker.queue_length == 0 and served.idle(model), 10)
 
 
 # Those who fail.
@@ -507,21 +492,21 @@ def test_prompts_fed_in_pieces_give_the_same_tensors_scores_and_answers(
 
 def test_jobs_run_on_the_models_thread_between_the_steps_of_a_generation(long):
     served, model = long
-    before = _steps(served, model)
+    before = served.steps(model)
     client = _Client(served, _endless(model))
-    wait_until(lambda: _steps(served, model) > before + 3)
+    wait_until(lambda: served.steps(model) > before + 3)
     worker = served.loaded(model).worker
     seen = []
     for _ in range(5):
-        name, step = worker.submit(lambda: (threading.current_thread().name, _steps(served, model))).result(10)
+        name, step = worker.submit(lambda: (threading.current_thread().name, served.steps(model))).result(10)
         assert name == f"model-{model}"
         seen.append(step)
-        wait_until(lambda last=step: _steps(served, model) > last + 1)
+        wait_until(lambda last=step: served.steps(model) > last + 1)
     assert seen == sorted(set(seen))
     with pytest.raises(ZeroDivisionError):
         worker.submit(lambda: 1 // 0).result(10)
-    last = _steps(served, model)
-    wait_until(lambda: _steps(served, model) > last + 1)
+    last = served.steps(model)
+    wait_until(lambda: served.steps(model) > last + 1)
     client.leave.set()
     client.done.result(10)
 
@@ -529,14 +514,14 @@ def test_jobs_run_on_the_models_thread_between_the_steps_of_a_generation(long):
 def test_many_jobs_do_not_keep_a_generation_from_going_on(long):
     """Between any two jobs the generation takes a turn."""
     served, model = long
-    before = _steps(served, model)
+    before = served.steps(model)
     client = _Client(served, _endless(model))
-    wait_until(lambda: _steps(served, model) > before + 3)
+    wait_until(lambda: served.steps(model) > before + 3)
     worker = served.loaded(model).worker
     with served.held(model):
-        jobs = [worker.submit(lambda: _steps(served, model)) for _ in range(10)]
+        jobs = [worker.submit(lambda: served.steps(model)) for _ in range(10)]
     counts = [job.result(30) for job in jobs]
     assert all(later >= earlier + 1 for earlier, later in pairwise(counts))
     client.leave.set()
     client.done.result(10)
-    wait_until(lambda: _idle(served, model), 10)
+    wait_until(lambda: served.idle(model), 10)

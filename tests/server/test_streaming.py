@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.server.support import HELLO, LAST_LOGITS, Served, decode, readable
+from server import replies
+from tests.server.support import HELLO, LAST_LOGITS, Served, decode, readable, wait_until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -148,6 +149,29 @@ def test_the_sdk_reads_the_stream(house: Served, qwen: str):
     stream = house.chat(qwen, temperature=0, max_tokens=8, ignore_eos=True, stream=True)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)  # type: ignore[union-attr]
     assert text == house.chat(qwen, temperature=0, max_tokens=8, ignore_eos=True).choices[0].message.content
+
+
+def test_a_bug_in_the_middle_of_a_stream_breaks_it_off_and_ends_its_generation(
+    house: Served, qwen: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing that looks like an end is sent; and the next stream is served."""
+    made, make, before = [], replies.chat_chunk, house.steps(qwen)
+
+    def failing(*args: Any) -> Any:
+        made.append(args)
+        if len(made) == 4:
+            raise ZeroDivisionError("nobody thought of this")
+        return make(*args)
+
+    body = {"model": qwen, "messages": HELLO, "max_tokens": 200, "ignore_eos": True, "temperature": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(replies, "chat_chunk", failing)
+        answer = house.post(body | {"stream": True})
+        assert "[DONE]" not in answer.text
+        assert '"finish_reason":"' not in answer.text
+    wait_until(lambda: house.idle(qwen))
+    assert house.steps(qwen) - before < 150
+    assert len(_events(house, body | {"max_tokens": 3})) >= 3
 
 
 # The same for completions.

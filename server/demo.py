@@ -55,7 +55,7 @@ def run(out: Path) -> None:
     """
     console = Console(highlight=False, record=True, width=None if sys.stdout.isatty() else 120)
     out.mkdir(parents=True, exist_ok=True)
-    puzzle = gen_puzzle("paint right", n=4, m=4, n_train=4, seed=7)
+    puzzle = gen_puzzle("paint right", n=4, m=4, n_train=4, seed=63)
     prompt, _, _ = gen_prompt(puzzle)
     log = out / "server.log"
     console.print(f"[bold]1.[/] Starting the server on the embedded model (its log: {log})")

@@ -20,6 +20,7 @@ from server.settings import Settings, load_settings, refuse_open_host, show_valu
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+KEEP_ALIVE_SECONDS = 75  # clients keep idle connections, and one closed under a request is an error for them
 GRACE_SECONDS = 8  # less than the ten seconds after which containers are killed
 
 
@@ -103,7 +104,12 @@ def _run(app: "FastAPI", listener: socket.socket, line: str) -> None:
     # Until the start is over, uvicorn would log the traceback of what is told in one line.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     config = uvicorn.Config(
-        watched, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=GRACE_SECONDS
+        watched,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
     try:
         Server(config).run(sockets=[listener])

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import httpx
-from openai import OpenAI
+import httpx2
+from openai import DefaultHttpxClient, OpenAI
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,16 @@ def _process(name: str, command: list[str], model: str, extra: dict[str, object]
         try:
             url = f"http://127.0.0.1:{port}"
             _wait(process, url + health, log)
-            yield Server(name, OpenAI(base_url=url + "/v1", api_key="x", timeout=600, max_retries=0), model, extra)
+            yield Server(name, _client(url), model, extra)
         finally:
             process.terminate()
             process.wait()
+
+
+def _client(url: str) -> OpenAI:
+    """A client that retries nothing, and drops idle connections before any server does."""
+    http = DefaultHttpxClient(limits=httpx2.Limits(keepalive_expiry=2), timeout=600)
+    return OpenAI(base_url=url + "/v1", api_key="x", max_retries=0, http_client=http)
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> None:
@@ -77,9 +83,9 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> None:
             log.seek(0)
             raise RuntimeError(f"the server stopped at once: {log.read().decode()[-2000:]}")
         try:
-            if httpx.get(url, timeout=5).status_code == 200:
+            if httpx2.get(url, timeout=5).status_code == 200:
                 return
-        except httpx.TransportError:
+        except httpx2.TransportError:
             pass
         time.sleep(0.2)
     raise RuntimeError(f"no answer from {url}")

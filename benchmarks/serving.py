@@ -6,6 +6,7 @@ machine did that day. All clients ask for 48 tokens, greedily;
 """
 
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -108,9 +109,11 @@ def run(rounds: int = 5) -> list[Row]:
         plain = Plain(model)
         with sightline(model, root / "runs") as ours:
             rows = _single(plain, ours, rounds) + _many(plain, ours, rounds) + _arrival(ours, rounds)
+            print(*rows, sep="\n", file=sys.stderr)
             for options in ((), ("--continuous-batching", "--cb-num-blocks", "256")):
                 with transformers_serve(model, *options) as theirs:
                     rows += _against(ours, theirs, rounds)
+                    print(*rows[-3:], sep="\n", file=sys.stderr)
     return rows
 
 

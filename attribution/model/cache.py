@@ -43,7 +43,7 @@ class GrowingLayer(DynamicLayer):
 def growing_cache(pairs: Pairs) -> DynamicCache:
     """A cache that holds these keys and values, layer by layer."""
     cache = DynamicCache()
-    cache.layers = [GrowingLayer(keys, values) for keys, values in pairs]
+    cache.layers = [GrowingLayer(keys, values) for keys, values in pairs]  # pyright: ignore  each is a layer
     return cache
 
 

@@ -4,6 +4,8 @@ With a mask (any batch of unequal rows has one) transformers' sdpa first repeats
 torch's CPU kernel can group the heads itself, and at long contexts the copies cost many times the attention.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
@@ -21,7 +23,7 @@ def _attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if attention_mask is None or query.device.type != "cpu":
         return sdpa_attention_forward(  # pyright: ignore[reportReturnType]

@@ -433,6 +433,16 @@ def test_a_prompt_that_leaves_no_place_for_a_token_is_refused_with_the_numbers(h
     assert str(length) in caught.value.message
 
 
+def test_a_prompt_that_fills_the_window_but_for_one_token_is_the_longest(house: Served, qwen: str):
+    empty = len(encode("<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"))
+    longest = "x" * (255 - empty)
+    answer = house.chat(qwen, [{"role": "user", "content": longest}])
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (255, 1)
+    refused = house.post({"model": qwen, "messages": [{"role": "user", "content": longest + "x"}]})
+    assert (refused.status_code, error_of(refused)["code"]) == (400, "context_length_exceeded")
+
+
 def test_a_prompt_of_token_ids_longer_than_the_window_is_refused(house: Served, qwen: str):
     answer = house.post({"model": qwen, "prompt": [[5], [5] * 257], "max_tokens": 0}, COMPLETIONS)
     assert answer.status_code == 400

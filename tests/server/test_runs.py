@@ -223,6 +223,14 @@ def test_the_oldest_runs_go_when_there_are_too_many_bytes(tmp_path: Path):
     assert _there(tmp_path) == [7, 8]
 
 
+def test_the_run_just_written_stays_although_its_file_is_larger_than_its_tensor(tmp_path: Path):
+    store = RunStore(tmp_path, 10_241, None)
+    _write(store, 1)
+    _write(store, 2)
+    assert _size(tmp_path) > 10_241
+    assert _there(tmp_path) == [2]
+
+
 def test_a_new_store_knows_the_age_of_what_an_old_one_left(tmp_path: Path):
     first = RunStore(tmp_path, None, None)
     for index, age in ((1, 10), (2, 30), (3, 20)):

@@ -154,6 +154,8 @@ def test_a_client_that_goes_away_ends_its_generation(long, stream: bool):
     assert not client.done.done()
     client.leave.set()
     client.done.result(10)
+    status = client.sent[0]["status"]
+    assert status == (200 if stream else 499)  # the second for the log: nobody is there to read it
     wait_until(lambda: served.idle(model), 10)
     assert not served.runs.exists() or not [path for path in served.runs.iterdir() if path.name.startswith(".")]
     assert served.chat(model, max_tokens=2, ignore_eos=True).usage.completion_tokens == 2  # type: ignore[union-attr]

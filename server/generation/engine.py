@@ -7,6 +7,7 @@
 import time
 from collections import deque
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 from attribution.errors import SightlineError
@@ -49,8 +50,12 @@ class _Arriving:
     """Newcomers whose prompts are being fed together."""
 
     def __init__(self, model: TracedModel, sequences: list[Sequence]) -> None:
-        self.sequences = sequences
-        self.prefill = Prefill(model, [sequence.prompt for sequence in sequences])
+        self.model, self.sequences = model, sequences
+
+    @cached_property
+    def prefill(self) -> Prefill:
+        """Made when the group is fed, not when it is admitted: what fails then fails for a group that is known."""
+        return Prefill(self.model, [sequence.prompt for sequence in self.sequences])
 
     @property
     def left(self) -> int:
@@ -70,6 +75,7 @@ class StepLoop:
         self.waiting: deque[Sequence] = deque()
         self._arriving: list[_Arriving] = []
         self._active: list[Sequence] = []
+        self._oldest_next = True
         self._batch = DecodeBatch(model)
 
     @property
@@ -82,9 +88,14 @@ class StepLoop:
         self._drop_cancelled()
         self._admit()
         if self._arriving:
-            self._feed_prompts(min(self._arriving, key=lambda group: group.left))
+            self._feed_prompts(self._next_group())
         if self._active:
             self._step()
+
+    def _next_group(self) -> _Arriving:
+        """In turns the group with the fewest tokens left, and the one that came first: neither waits for ever."""
+        self._oldest_next = not self._oldest_next
+        return self._arriving[0] if self._oldest_next else min(self._arriving, key=lambda group: group.left)
 
     def fail(self, error: SightlineError) -> None:
         """End everything that is under way with `error`."""
@@ -131,9 +142,9 @@ class StepLoop:
                 if live[row]:
                     _guarded(sequence, fed, row, advance=False)
             return
-        self._arriving.remove(group)
         going = [row for row, s in enumerate(sequences) if live[row] and _guarded(s, fed, row, advance=True)]
         self._batch.join(prefill, going)
+        self._arriving.remove(group)  # not before it has joined: until then `fail` must find it here
         self._active += [sequences[row] for row in going]
 
     def _step(self) -> None:

@@ -208,11 +208,6 @@ def test_a_client_that_goes_away_before_anything_was_sent_leaves_nothing_behind(
 
 # Those who fail.
 
-_LOST = pytest.mark.xfail(
-    run=False,
-    reason="StepLoop takes newcomers out of _arriving before they are active: fail() does not find them, and they hang",
-)
-
 
 def _failing_once(method: Any, error: BaseException, after: int = 3) -> Any:
     """`method`, whose call number `after` raises."""
@@ -240,9 +235,9 @@ def _failing_once(method: Any, error: BaseException, after: int = 3) -> Any:
     [
         "a step",
         "the prompt",
-        pytest.param("the first token", marks=_LOST),
+        "the first token",
         "a later token",
-        pytest.param("joining", marks=_LOST),
+        "joining",
     ],
 )
 def test_an_exception_ends_what_is_under_way_and_the_server_serves(
@@ -366,7 +361,6 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_that_came_before():
         assert row.sequence.tokens == plain_greedy("qwen3", row.sequence.prompt, 3)
 
 
-@pytest.mark.xfail(reason="StepLoop always feeds the group with the fewest tokens left")
 def test_a_long_prompt_gets_its_turn_although_short_ones_keep_coming():
     engine = make_engine(traced("qwen3"), 4, 16, Metrics())
     long_prompt = _Row(_ids(100), 2)

@@ -6,12 +6,23 @@
     │   ├── BadSelector                 400 bad_selector
     │   ├── BadPositions                400 bad_positions
     │   ├── ContextLengthExceeded       400 context_length_exceeded
-    │   └── CaptureTooLarge             400 capture_too_large
+    │   ├── CaptureTooLarge             400 capture_too_large
+    │   └── BadEnvelope                 400 bad_envelope
+    │       └── EnvelopeTooLarge        413 envelope_too_large
+    ├── InvalidArgument                 422 invalid_argument
+    │   ├── OutOfRange                  422 out_of_range
+    │   ├── ShapeMismatch               422 shape_mismatch
+    │   ├── ModelAmbiguous              422 model_ambiguous
+    │   ├── UnsupportedModel            422 unsupported_model
+    │   └── GradientsRefused            422 gradients_refused
     ├── Unauthorized                    401 invalid_api_key
     ├── NotFound                        404 not_found
     │   ├── ModelNotFound               404 model_not_found
-    │   └── RunNotFound                 404 run_not_found
+    │   ├── RunNotFound                 404 run_not_found
+    │   ├── DatasetNotFound             404 dataset_not_found
+    │   └── SampleNotFound              404 sample_not_found
     ├── Busy                            409 busy
+    ├── SampleMismatch                  409 sample_mismatch
     ├── ModelLoadFailed                 422 model_load_failed
     ├── QueueFull                       429 queue_full
     ├── Cancelled                       499 cancelled
@@ -19,6 +30,7 @@
     ├── ShuttingDown                    503 shutting_down
     ├── OutOfMemory                     503 out_of_memory
     └── StorageFailed                   507 storage_failed
+        └── CannotFit                   507 cannot_fit
 
 A message says what was wrong, what was found and what to do. Errors cross the wire as
 ``{"error": {"message", "type", "param", "code"}}``.
@@ -82,6 +94,57 @@ class CaptureTooLarge(InvalidRequest):
     code = "capture_too_large"
 
 
+class BadEnvelope(InvalidRequest):
+    """A body of tensors that is not what its header says, or no such body at all."""
+
+    code = "bad_envelope"
+
+
+class EnvelopeTooLarge(BadEnvelope):
+    """A body of tensors whose header announces more bytes than are taken; nothing of it was read."""
+
+    status = 413
+    code = "envelope_too_large"
+
+
+class InvalidArgument(SightlineError):
+    """An argument of an operation has a value that it cannot have; `param` names it."""
+
+    status = 422
+    code = "invalid_argument"
+    type = "invalid_request_error"
+
+
+class OutOfRange(InvalidArgument):
+    """A layer, head, position or token that the model or the sample does not have."""
+
+    code = "out_of_range"
+
+
+class ShapeMismatch(InvalidArgument):
+    """A tensor whose shape does not fit the other arguments."""
+
+    code = "shape_mismatch"
+
+
+class ModelAmbiguous(InvalidArgument):
+    """Several models are loaded and none was named."""
+
+    code = "model_ambiguous"
+
+
+class UnsupportedModel(InvalidArgument):
+    """The points of this model are not known, so that nothing can be attributed to its parts."""
+
+    code = "unsupported_model"
+
+
+class GradientsRefused(InvalidArgument):
+    """Gradients through this model were proved wrong when it was loaded."""
+
+    code = "gradients_refused"
+
+
 class Unauthorized(SightlineError):
     """The API key is missing or wrong."""
 
@@ -110,11 +173,31 @@ class RunNotFound(NotFound):
     code = "run_not_found"
 
 
+class DatasetNotFound(NotFound):
+    """No sample was stored under this dataset."""
+
+    code = "dataset_not_found"
+
+
+class SampleNotFound(NotFound):
+    """The dataset has no such sample."""
+
+    code = "sample_not_found"
+
+
 class Busy(SightlineError):
     """The thing that was named is in use and cannot be changed now."""
 
     status = 409
     code = "busy"
+    type = "conflict_error"
+
+
+class SampleMismatch(SightlineError):
+    """What is stored was computed by another model or from another prompt; it is never mixed nor overwritten."""
+
+    status = 409
+    code = "sample_mismatch"
     type = "conflict_error"
 
 
@@ -168,3 +251,9 @@ class StorageFailed(SightlineError):
 
     status = 507
     code = "storage_failed"
+
+
+class CannotFit(StorageFailed):
+    """What was asked for takes more room than there is; nothing was begun."""
+
+    code = "cannot_fit"

@@ -107,6 +107,19 @@ class TracedModel:
         return self.module.dtype
 
     @property
+    def work_dtype(self) -> torch.dtype:
+        """The dtype of gradients and scores: float32, or float64 when the model is."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def layer(self, index: int) -> Any:
+        """The envoy of a decoder layer whose points are known, to be traced alone."""
+        assert self.family is not None
+        envoy: Any = self.envoy
+        for name in self.family.layers.split("."):
+            envoy = getattr(envoy, name)
+        return envoy[index]
+
+    @property
     def device(self) -> torch.device:
         """The device of the embedding, where token ids go."""
         return self.module.get_input_embeddings().weight.device  # type: ignore[return-value, union-attr]

@@ -1,0 +1,8 @@
+"""The operations: everything that a session can be asked, each declared once (`attribution.operation`)."""
+
+from attribution.operation import Operation
+from attribution.operations import samples, scores
+
+OPERATIONS: dict[str, Operation] = {
+    value.name: value for module in (samples, scores) for value in vars(module).values() if isinstance(value, Operation)
+}

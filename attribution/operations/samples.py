@@ -1,0 +1,1 @@
+"""Samples: run the model and store its activations, and read what is stored."""

@@ -1,0 +1,1 @@
+"""Scores: gradients of nodes, residual and attention attribution, ablation."""

@@ -1,0 +1,83 @@
+"""A session: one traced model and the activations of named samples. Every operation is a function of it.
+
+`LocalSession` runs operations here. A server is local sessions behind threads and HTTP, and its client has the same
+methods, each of which is one line in the class body (`attribution.operation`).
+"""
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attribution.errors import InvalidRequest
+from attribution.model.load import LoadSpec, load
+from attribution.model.traced import TracedModel
+from attribution.operation import Operation
+from attribution.progress import drive
+from attribution.store import ActivationStore
+
+DEFAULT_STORE = Path("/tmp/nnsight_store")
+DEFAULT_STORE_RAM = 4 * 1024**3
+DEFAULT_RUNS = Path("/tmp/nnsight_activations")
+
+
+class LocalSession:
+    """A model in this process and the samples stored for it, with every operation as a method.
+
+    Args:
+        model: a hub id, an alias, a folder, "demo", or a `TracedModel`; None to load one later.
+        store: the folder of the stored samples, or an `ActivationStore` that is shared with other sessions.
+        runs_dir: the folder in which a server records its runs, for `forward(run_id=…)`.
+        load_options: fields of `LoadSpec`: dtype, device_map, quantization, …
+    """
+
+    def __init__(
+        self,
+        model: str | TracedModel | None = None,
+        *,
+        store: ActivationStore | Path | str = DEFAULT_STORE,
+        runs_dir: Path | str = DEFAULT_RUNS,
+        **load_options: Any,
+    ) -> None:
+        self.store = store if isinstance(store, ActivationStore) else ActivationStore(Path(store), DEFAULT_STORE_RAM)
+        self.runs_dir = Path(runs_dir)
+        self._model: TracedModel | None = None
+        self._lock = threading.RLock()  # a model is traced by one thread at a time
+        if isinstance(model, TracedModel):
+            self._model = model
+        elif model is not None:
+            self.load_model(model, **load_options)
+
+    @property
+    def model(self) -> TracedModel:
+        """The model of this session.
+
+        Raises:
+            InvalidRequest: none is loaded.
+        """
+        if self._model is None:
+            raise InvalidRequest("this session has no model; load_model(path) loads one", param="model")
+        return self._model
+
+    def run(self, operation: Operation[..., Any], arguments: Mapping[str, Any]) -> Any:
+        """Run an operation here, with a progress bar when it is long and `show_progress` is not off."""
+        checked = operation.validate(arguments)
+        with self._lock:
+            steps = operation.start(self, checked)
+            return drive(steps, operation.name, show=bool(checked.get("show_progress", False)))
+
+    def load_model(
+        self, path: str, device: str = "auto", quantization: str | None = None, **load_options: Any
+    ) -> dict[str, Any]:
+        """Load a model in place of the present one; `load_options` are fields of `LoadSpec`. Returns its description."""
+        self.unload_model()
+        self._model = load(LoadSpec(path, device_map=device, quantization=quantization, **load_options))
+        return self._model.describe()
+
+    def unload_model(self) -> None:
+        """Let go of the model; the stored samples stay."""
+        self._model = None
+
+    def status(self) -> dict[str, Any]:
+        """Whether a model is loaded, which, where, and the datasets that are stored for it."""
+        raise NotImplementedError

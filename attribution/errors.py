@@ -28,6 +28,7 @@
     ├── Cancelled                       499 cancelled
     ├── NotFinite                       500 not_finite
     ├── ShuttingDown                    503 shutting_down
+    ├── ServerUnreachable               503 server_unreachable (raised by clients)
     ├── OutOfMemory                     503 out_of_memory
     └── StorageFailed                   507 storage_failed
         └── CannotFit                   507 cannot_fit
@@ -237,6 +238,13 @@ class ShuttingDown(SightlineError):
 
     status = 503
     code = "shutting_down"
+
+
+class ServerUnreachable(SightlineError):
+    """Raised by a client: no server answers at its URL, or the connection broke off."""
+
+    code = "server_unreachable"
+    status = 503
 
 
 class OutOfMemory(SightlineError):

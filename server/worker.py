@@ -52,6 +52,20 @@ class ModelWorker:
         waiting = [*self._inbox, *(self._engine.waiting if self._engine else ())]
         return sum(not sequence.cancelled for sequence in waiting)
 
+    @property
+    def jobs_waiting(self) -> int:
+        """How many jobs wait for the model."""
+        return len(self._jobs)
+
+    def refuse_when_full(self) -> None:
+        """Refuse further work for as long as `max_queue` jobs wait; what has begun goes on.
+
+        Raises:
+            QueueFull: they do.
+        """
+        if self.jobs_waiting >= self.max_queue:
+            raise QueueFull(f"{self.jobs_waiting} wait for {self.name!r} and the queue holds {self.max_queue}; try again")
+
     def add(self, sequences: list[Sequence]) -> None:
         """Queue the sequences of one request, all or none.
 
@@ -127,10 +141,18 @@ class ModelWorker:
             job, future = self._jobs.popleft() if self._jobs else (None, None)
         if job is None or future is None or not future.set_running_or_notify_cancel():
             return
+        failure: BaseException
         try:
             future.set_result(job())
+            return
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            log.exception("a job ran out of memory", extra={"model": self.name})
+            failure = OutOfMemory(f"{self.name!r} ran out of memory: {error}; ask for less at once, or try again later")
         except BaseException as error:
-            future.set_exception(error)
+            failure = error
+        if isinstance(failure, OutOfMemory) and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # here, where the frames that held the tensors are gone
+        future.set_exception(failure)
 
     def _take_turn(self) -> None:
         engine = self._engine
@@ -159,5 +181,6 @@ class ModelWorker:
         for sequence in waiting:
             sequence.fail(gone)
         for _, future in jobs:
-            future.set_exception(gone)
+            if future.set_running_or_notify_cancel():  # those whose clients left are not waited for
+                future.set_exception(gone)
         self._engine = None

@@ -1,7 +1,7 @@
 """Norms, frozen at an actual activation.
 
-A norm is frozen at `x` by keeping its scale: x' ↦ w ⊙ x' / rms(x), and for a LayerNorm x' ↦ w ⊙ (x' − mean(x')) / std(x) + b.
-At x' = x this is the norm itself; everywhere it is affine, so that its gradient is a product.
+A norm is frozen at `x` by keeping its scale: x' ↦ w ⊙ x' / rms(x), and x' ↦ w ⊙ (x' − mean(x')) / std(x) + b for a
+LayerNorm. At x' = x this is the norm itself; everywhere it is affine, so that its gradient is a product.
 """
 
 from dataclasses import dataclass

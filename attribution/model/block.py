@@ -81,11 +81,31 @@ class Block:
         return read_norm(self.model, self.own.get_submodule(self.family.attn_norm))
 
     @cached_property
+    def query_norm(self) -> Norm | None:
+        """The norm of q per head."""
+        return self.norm(self.family.query_norm)
+
+    @cached_property
+    def key_norm(self) -> Norm | None:
+        """The norm of k per head."""
+        return self.norm(self.family.key_norm)
+
+    @cached_property
     def mlp_norm(self) -> Norm:
         """What the MLP reads the stream through."""
         return read_norm(self.model, self.own.get_submodule(self.family.mlp_norm))
 
     # --- projections
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype in which the traced modules compute."""
+        return self.module(self.family.up)._module.weight.dtype
+
+    @property
+    def d_mlp(self) -> int:
+        """The width of the MLP."""
+        return max(self.module(self.family.up)._module.weight.shape)
 
     def weight(self, name: str) -> Float[Tensor, "heads d_head d_model"]:
         """The weight of q, k, v (what reads the normed stream) or o (what writes to it), per head."""

@@ -1,0 +1,137 @@
+"""The paths of `attn_q`, `attn_k`, `attn_v` and `attn_a`: one head sees one of its inputs vary.
+
+All heads of a layer share one backward to the output of the projection, and differ by one product with their slice of
+its weight. `HeadsAt` holds what is fixed.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attribution.integrate import Points
+from attribution.model.traced_backward import traced_gradient
+from attribution.paths.heads import HeadsAt
+from attribution.paths.pieces import normed_rows
+
+
+class QueryPath:
+    """`attn_q`: q of each head varies, k and v are held."""
+
+    def __init__(self, at: HeadsAt) -> None:
+        self.at, self.x = at, at.resid[at.queries]
+        self._frozen = at.block.attn_norm.at(self.x)
+        self._key = at.key(at.k_raw)
+
+    def gradient(self, points: Points) -> Float[Tensor, "heads pos d_model"]:
+        """See `attribution.integrate.Path`."""
+        parts = []
+        module = self.at.block.module(self.at.block.family.projections["q"].module)
+        for rows, at in self.at.in_pieces(len(points.alphas)):
+            frozen = self._frozen.rows(rows)
+
+            def objective(projected: Tensor, at: HeadsAt = at) -> tuple[Tensor, Tensor]:
+                raw = at.chosen("q", projected)
+                return points.weigh(at.writes(at.query(raw), self._key)).sum(), raw
+
+            normed = normed_rows(points, frozen, self.x[rows])
+            grad = traced_gradient(module, normed.to(at.block.weight_dtype), objective).sum(0)
+            parts.append(frozen.backward(at.through_weight("q", grad)))
+        return torch.cat(parts, dim=1)
+
+    complete_gradient = gradient
+
+    @torch.no_grad()
+    def objective(self, alpha: float) -> Float[Tensor, "heads"]:
+        """See `attribution.integrate.Path`."""
+        raw = self.at.projected("q", self._frozen(alpha * self.x))
+        return _sum_over_queries(self.at, lambda rows, at: at.writes(at.query(raw[rows]), self._key))
+
+
+class KeyPath:
+    """`attn_k`: the k that each head sees varies, q and v are held."""
+
+    def __init__(self, at: HeadsAt) -> None:
+        self.at, self.x = at, at.resid
+        self._frozen = at.block.attn_norm.at(self.x)
+
+    def gradient(self, points: Points) -> Float[Tensor, "heads pos d_model"]:
+        """See `attribution.integrate.Path`."""
+        at = self.at
+        module = at.block.module(at.block.family.projections["k"].module)
+        normed = normed_rows(points, self._frozen, self.x).to(at.block.weight_dtype)
+        total = torch.zeros_like(at.k_raw)
+        for _, part in at.in_pieces(len(points.alphas)):
+            query = part.query(part.q_raw)
+
+            def objective(projected: Tensor, at: HeadsAt = part, query: Tensor = query) -> tuple[Tensor, Tensor]:
+                raw = at.chosen("k", projected)
+                return points.weigh(at.writes(query, at.key(raw))).sum(), raw
+
+            total += traced_gradient(module, normed, objective).sum(0)
+        return self._frozen.backward(at.through_weight("k", total))
+
+    complete_gradient = gradient
+
+    @torch.no_grad()
+    def objective(self, alpha: float) -> Float[Tensor, "heads"]:
+        """See `attribution.integrate.Path`."""
+        key = self.at.key(self.at.projected("k", self._frozen(alpha * self.x)))
+        return _sum_over_queries(self.at, lambda rows, at: at.writes(at.query(at.q_raw), key))
+
+
+class ValuePath:
+    """`attn_v`: the v of each head's key/value head varies, the pattern is held. Linear: its gradient is a product."""
+
+    def __init__(self, at: HeadsAt) -> None:
+        self.at, self.x = at, at.resid
+        self._frozen = at.block.attn_norm.at(self.x)
+        self._value_grad = torch.zeros_like(at.k_raw)  # of the v that each head sees
+        key = at.key(at.k_raw)
+        for _, part in at.in_pieces(1):
+            self._value_grad += torch.einsum("hqk,qhd->khd", part.pattern(part.query(part.q_raw), key), part.z_grad)
+
+    def gradient(self, points: Points) -> Float[Tensor, "heads pos d_model"]:
+        """See `attribution.integrate.Path`; the same for every rule."""
+        return self._frozen.backward(self.at.through_weight("v", self._value_grad))
+
+    complete_gradient = gradient
+
+    @torch.no_grad()
+    def objective(self, alpha: float) -> Float[Tensor, "heads"]:
+        """See `attribution.integrate.Path`."""
+        value = self.at.projected("v", self._frozen(alpha * self.x))
+        return torch.einsum("khd,khd->h", value.double(), self._value_grad.double())
+
+
+class PatternPath:
+    """`attn_a`: q and k vary together, v is held; the sum of the paths of `attn_q` and `attn_k`."""
+
+    def __init__(self, at: HeadsAt) -> None:
+        self.at, self.x = at, at.resid
+        self._query, self._key = QueryPath(at), KeyPath(at)
+        self._frozen = at.block.attn_norm.at(self.x)
+
+    def gradient(self, points: Points) -> Float[Tensor, "heads pos d_model"]:
+        """See `attribution.integrate.Path`."""
+        total = self._key.gradient(points)
+        total[:, self.at.queries] += self._query.gradient(points)
+        return total
+
+    complete_gradient = gradient
+
+    @torch.no_grad()
+    def objective(self, alpha: float) -> Float[Tensor, "heads"]:
+        """See `attribution.integrate.Path`."""
+        normed = self._frozen(alpha * self.x)
+        key, raw = self.at.key(self.at.projected("k", normed)), self.at.projected("q", normed)[self.at.queries]
+        return _sum_over_queries(self.at, lambda rows, at: at.writes(at.query(raw[rows]), key))
+
+
+def _sum_over_queries(at: HeadsAt, writes: Callable[[list[int], HeadsAt], Tensor]) -> Float[Tensor, "heads"]:
+    """⟨G, what each head writes⟩ summed over the queries, in float64."""
+    total = torch.zeros(len(at.heads), dtype=torch.float64, device=at.resid.device)
+    for rows, part in at.in_pieces(1):
+        total += writes(rows, part).double()
+    return total

@@ -15,6 +15,7 @@ from attribution.model.traced import TracedModel
 from attribution.operation import Operation
 from attribution.progress import drive
 from attribution.store import ActivationStore
+from attribution.stored import Identity, StoredSample
 
 DEFAULT_STORE = Path("/tmp/nnsight_store")
 DEFAULT_STORE_RAM = 4 * 1024**3
@@ -78,6 +79,47 @@ class LocalSession:
         """Let go of the model; the stored samples stay."""
         self._model = None
 
+    @property
+    def identity(self) -> Identity:
+        """What ties stored samples to the model of this session."""
+        return Identity.of(self.model)
+
+    def sample(self, dataset_id: str, sample_id: int | str) -> StoredSample:
+        """A stored sample of this model.
+
+        Raises:
+            DatasetNotFound, SampleNotFound, SampleMismatch, StorageFailed: as `ActivationStore.sample`.
+        """
+        return self.store.sample(dataset_id, sample_id, self.identity)
+
+    def sample_ids(self, dataset_id: str) -> list[int | str]:
+        """The samples of a dataset, integers first.
+
+        Raises:
+            DatasetNotFound, SampleMismatch, StorageFailed: as `ActivationStore.sample_ids`.
+        """
+        return self.store.sample_ids(dataset_id, self.identity)
+
     def status(self) -> dict[str, Any]:
-        """Whether a model is loaded, which, where, and the datasets that are stored for it."""
-        raise NotImplementedError
+        """Whether a model is loaded, which, where, the datasets stored for it, and what the store takes."""
+        store = self.store
+        room = {
+            "dir": str(store.root),
+            "ram_bytes": store.ram_bytes,
+            "ram_used": store.ram_used,
+            "disk_bytes": store.disk_used(),
+        }
+        if self._model is None:
+            return {"model_loaded": False, "model": None, "cached_datasets": {}, "store": room}
+        model, dims = self._model, self._model.dimensions
+        return {
+            "model_loaded": True,
+            "model": model.id,
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "n_layers": dims.n_layers,
+            "n_heads": dims.n_heads,
+            "hidden_size": dims.d_model,
+            "cached_datasets": store.datasets(self.identity),
+            "store": room,
+        }

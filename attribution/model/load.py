@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from attribution.errors import InvalidRequest, ModelLoadFailed
 from attribution.model.families import FAMILIES
+from attribution.model.fingerprint import fingerprint
 from attribution.model.grouped import SDPA_GROUPED
 from attribution.model.hub import resolve_alias
 from attribution.model.probe import probe, prove
@@ -136,6 +137,7 @@ def _wrap(spec: LoadSpec, source: str, module: Any, tokenizer: Any) -> TracedMod
         note=None if family else f"its family {kind!r} has no points here; those with points are {', '.join(FAMILIES)}",
         end_token_ids=_end_tokens(module, tokenizer),
         sites={},
+        fingerprint=fingerprint(module),  # before the first forward, at which quantised kernels may repack
     )
     # nothing else of it is used, and `generate` would fill in what a request leaves open: an end token, a penalty
     module.generation_config = GenerationConfig()

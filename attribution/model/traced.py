@@ -81,6 +81,7 @@ class TracedModel:
         note: why `family` is None, in a sentence.
         end_token_ids: what ends a generation: the tokens of generation_config, of the config, and the tokenizer's.
         sites: what a probe forward saw, by site.
+        fingerprint: of its weights, when it was loaded (`attribution.model.fingerprint`).
     """
 
     id: str
@@ -95,6 +96,7 @@ class TracedModel:
     sites: dict[Site, Seen] = field(repr=False)
     load_seconds: float = 0.0
     memory_bytes: int = 0
+    fingerprint: str = ""
 
     @property
     def module(self) -> "PreTrainedModel":

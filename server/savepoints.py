@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from attribution.errors import BadPositions, CaptureTooLarge, InvalidRequest
+from attribution.model.block import Block
 from attribution.model.capture import Stream
 from attribution.model.decode import Fed
-from attribution.model.pattern import pattern
 from attribution.model.resolve import Resolved, resolve
 from attribution.model.traced import TracedModel
 from attribution.positions import Window, overlap, parse_window
@@ -190,7 +190,8 @@ class Recorder:
         if resolved.is_pattern:
             self._spend(savepoint, resolved.bytes_for(len(queries), tokens, savepoint.dtype))
             patterns = [
-                pattern(self._model, layer, q, k, queries) for layer, q, k in zip(resolved.layers, *joined, strict=True)
+                Block(self._model, layer).pattern_of(q, k, list(queries))
+                for layer, q, k in zip(resolved.layers, *joined, strict=True)
             ]
             joined = [torch.stack(patterns).to(savepoint.dtype or resolved.dtype)]
         return joined[0] if resolved.stacked else joined[0][0]

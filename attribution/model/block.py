@@ -179,28 +179,35 @@ class Block:
         if rotary is None:
             return value
         apply = sys.modules[type(self._attention).__module__].apply_rotary_pos_emb
-        at = torch.tensor(positions, device=value.device)
+        device = rotary.inv_freq.device
+        table = torch.arange(max(positions) + 1, device=device)[None]
         # the class's own forward: the instance's is nnsight's and belongs to a trace
-        cos, sin = type(rotary).forward(rotary, value, torch.arange(max(positions) + 1, device=value.device)[None])
-        cos, sin = cos.to(value.dtype)[:, at], sin.to(value.dtype)[:, at]
+        cos, sin = type(rotary).forward(rotary, value.new_empty(0, device=device), table)
+        cos, sin = cos[:, positions].to(value), sin[:, positions].to(value)
         rows = value.transpose(-2, -3).reshape(-1, value.shape[-2], len(positions), value.shape[-1])
         turned, _ = apply(rows, rows[:, :0], cos, sin)
         return turned.view(value.transpose(-2, -3).shape).transpose(-2, -3)
 
     def hidden(self, queries: list[int], keys: int) -> Tensor:
         """The edges that the layer does not see, [query, key], for keys 0 … keys − 1."""
-        device = self.device
-        return hidden_edges(torch.tensor(queries, device=device), torch.arange(keys, device=device), self.window)
+        return hidden_edges(torch.tensor(queries), torch.arange(keys), self.window)
 
     def pattern(
         self, resid: Float[Tensor, "key d_model"], queries: list[int], heads: list[int]
     ) -> Float[Tensor, "heads query key"]:
         """The attention pattern, exactly as the model computes it, given the stream at positions 0 … key − 1."""
         q, k = self.project(resid, "qk")
-        q = self.rotate(self.head_normed("q", q[queries]), queries)[:, heads]
-        k = self.rotate(self.head_normed("k", k), list(range(len(k))))
-        k = repeat_heads(k, heads, self.dims.n_heads)
-        return attention_pattern(q, k, self.hidden(queries, len(k)), self.scaling, self.softcap)
+        q, k = self.head_normed("q", q[queries]), self.head_normed("k", k)
+        return self.pattern_of(q[:, heads], repeat_heads(k, heads, self.dims.n_heads), queries)
+
+    def pattern_of(
+        self, q: Float[Tensor, "query heads d_head"], k: Float[Tensor, "key kv_heads d_head"], queries: list[int]
+    ) -> Float[Tensor, "heads query key"]:
+        """The pattern of q and k as their points have them: after their norms, before rotary; k from position 0 on."""
+        if k.shape[1] < q.shape[1]:
+            k = repeat_heads(k, list(range(q.shape[1])), q.shape[1])
+        q, k = self.rotate(q, queries), self.rotate(k, list(range(len(k))))
+        return attention_pattern(q, k, self.hidden(queries, len(k)).to(q.device), self.scaling, self.softcap)
 
     # --- what is written to the stream
 

@@ -5,16 +5,18 @@ against that table. `prove` shows that the points of the family are what they cl
 
 1. every point is there, one row per token, with the width that the config says,
 2. the identities hold in every layer: mid = pre + attn_out, post = mid + mlp_out, pattern · v = z,
-3. overwriting a point changes the logits, so it lies on the path of the computation.
+3. a layer taken apart (`attribution.model.block`) is the layer: its norms frozen at their input are its norms, and its
+   heads and bias together are what its attention adds,
+4. overwriting a point changes the logits, so it lies on the path of the computation.
 """
 
 import nnsight
 import torch
 from torch import Tensor
 
+from attribution.model.block import Block
 from attribution.model.capture import Batch, Stream, forward
 from attribution.model.families import Place
-from attribution.model.pattern import pattern
 from attribution.model.resolve import stream_of
 from attribution.model.traced import PROBE_ROWS, PROBE_TOKENS, Seen, Site, TracedModel, first_tensor
 
@@ -72,7 +74,12 @@ def prove(model: TracedModel) -> str | None:
             if site not in model.sites or not model.sites[site].tokenwise:
                 return f"the point {name} is not at {site.path}.{site.side}"
     values = _values(model, streams)
-    return _wrong_shape(model, values) or _broken_identity(model, values) or _dead_point(model)
+    return (
+        _wrong_shape(model, values)
+        or _broken_identity(model, values)
+        or _wrong_parts(model, values)
+        or _dead_point(model)
+    )
 
 
 def _values(model: TracedModel, streams: dict[str, Stream]) -> dict[str, Tensor]:
@@ -93,10 +100,10 @@ def _wrong_shape(model: TracedModel, values: dict[str, Tensor]) -> str | None:
 
 def _broken_identity(model: TracedModel, values: dict[str, Tensor]) -> str | None:
     group = model.dimensions.n_heads // model.dimensions.n_kv_heads
-    rows = range(PROBE_TOKENS)
+    rows = list(range(PROBE_TOKENS))
     mixed = torch.stack(
         [
-            torch.einsum("hqk,khd->qhd", pattern(model, layer, q, k, rows), v.repeat_interleave(group, dim=1))
+            torch.einsum("hqk,khd->qhd", Block(model, layer).pattern_of(q, k, rows), v.repeat_interleave(group, dim=1))
             for layer, (q, k, v) in enumerate(zip(values["q"], values["k"], values["v"], strict=True))
         ]
     )
@@ -105,8 +112,31 @@ def _broken_identity(model: TracedModel, values: dict[str, Tensor]) -> str | Non
         "resid_post = resid_mid + mlp_out": (values["resid_post"], values["resid_mid"] + values["mlp_out"]),
         "z = pattern · v": (values["z"], mixed),
     }
+    return _first_broken(model, claims)
+
+
+def _wrong_parts(model: TracedModel, values: dict[str, Tensor]) -> str | None:
+    layer = model.dimensions.n_layers // 2
+    block = Block(model, layer)
+    pre, mid, z = (values[name][layer].to(block.device) for name in ("resid_pre", "resid_mid", "z"))
+    written = block.head_writes(z, list(range(model.dimensions.n_heads))).sum(1)
+    if block.o_bias is not None:
+        scale = block.attn_write_scale(z)
+        written = written + (block.o_bias if scale is None else block.o_bias * scale)
+    parts = {
+        "attention": (block.attn_norm, block.family.attn_norm, pre),
+        "MLP": (block.mlp_norm, block.family.mlp_norm, mid),
+    }
+    claims = {
+        f"the norm before the {name}, frozen": (block.own.get_submodule(path)(x), norm.at(x)(x.to(block.dtype)))
+        for name, (norm, path, x) in parts.items()
+    }
+    return _first_broken(model, claims | {"attn_out = Σ heads + bias": (values["attn_out"][layer], written.cpu())})
+
+
+def _first_broken(model: TracedModel, claims: dict[str, tuple[Tensor, Tensor]]) -> str | None:
     for claim, (left, right) in claims.items():
-        error = float((left - right).double().norm() / left.double().norm().clamp_min(1e-30))
+        error = float((left.double() - right.double()).norm() / left.double().norm().clamp_min(1e-30))
         if not error <= _TOLERANCE.get(model.dtype, 1e-1):
             return f"{claim} does not hold (relative error {error:.1e})"
     return None

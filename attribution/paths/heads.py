@@ -50,7 +50,7 @@ class HeadsAt:
             repeat_heads(k, heads, count).to(dtype),
             torch.einsum("qhd,khd->hqk", z_grad, v),
             z_grad,
-            block.hidden(queries, len(resid)),
+            block.hidden(queries, len(resid)).to(block.device),
         )
 
     def query(self, raw: Float[Tensor, "*point query heads d_head"]) -> Tensor:

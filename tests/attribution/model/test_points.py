@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from attribution.model.block import Block
 from attribution.model.capture import Batch, forward
 from attribution.model.load import trace_model
-from attribution.model.pattern import pattern, sliding_window
 from attribution.model.resolve import resolve
 from attribution.model.traced import TracedModel
 from tests.attribution.plain import POINTS, distance, prompts_of, watch
@@ -47,7 +47,7 @@ def patterns(model: TracedModel, prompt: list[int], queries: range) -> Tensor:
     """The pattern of every layer, [layer, head, query, key]."""
     q, k = (read(model, f"{name}[*]", [prompt])[:, 0] for name in ("q", "k"))
     rows = torch.tensor(list(queries))
-    return torch.stack([pattern(model, i, q[i, rows], k[i], queries) for i in range(len(q))])
+    return torch.stack([Block(model, i).pattern_of(q[i, rows], k[i], list(queries)) for i in range(len(q))])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -134,7 +134,7 @@ def test_models_that_run_sdpa_have_a_pattern_too() -> None:
 
 def test_gemma2_attends_within_its_window_in_every_other_layer() -> None:
     model, (prompt,) = traced("gemma2"), prompts_of([TOKENS])
-    assert [sliding_window(model, layer) for layer in range(N_LAYERS)] == [
+    assert [Block(model, layer).window for layer in range(N_LAYERS)] == [
         SLIDING_WINDOW,
         None,
         SLIDING_WINDOW,

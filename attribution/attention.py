@@ -24,10 +24,11 @@ def attention_pattern(
 
     The softmax is computed in float32, as transformers' eager attention does, or in float64 when q is.
     """
-    scores = torch.einsum("...qhd,...khd->...hqk", q, k) * scaling
+    scores = torch.einsum("...qhd,...khd->...hqk", q * scaling, k)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(hidden, float("-inf"))
+    # added, not filled in: the backward of a sum costs nothing
+    scores += torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(hidden, float("-inf"))
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
 

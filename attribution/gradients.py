@@ -58,16 +58,13 @@ def node_gradient(model: TracedModel, sample: StoredSample, query: NodeQuery) ->
         GradientsRefused, UnsupportedModel: the model gives no gradients.
     """
     path, rows = node_path(model, sample, query)
-    return integrate(path, _steps(query), query.rule)[:, rows]
+    return integrate(path, rows, _steps(query), query.rule)
 
 
 def node_report(model: TracedModel, sample: StoredSample, query: NodeQuery) -> Integrated:
     """The same with its objective and completeness error."""
     path, rows = node_path(model, sample, query)
-    found = integrate_with_report(path, _steps(query), query.rule)
-    return Integrated(
-        found.gradient[:, rows], found.objective, found.objective_at_zero, found.completeness_error, found.steps
-    )
+    return integrate_with_report(path, rows, _steps(query), query.rule)
 
 
 def node_path(model: TracedModel, sample: StoredSample, query: NodeQuery) -> tuple[Path, list[int]]:

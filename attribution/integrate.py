@@ -27,12 +27,12 @@ class Path(Protocol):
 
     x: Float[Tensor, "pos d_model"]
 
-    def gradient(self, points: "Points") -> Float[Tensor, "heads pos d_model"]:
-        """Σ_k w_k · ∂O(α_k x)/∂x for each head."""
+    def gradient(self, points: "Points", rows: list[int]) -> Float[Tensor, "heads chosen d_model"]:
+        """Σ_k w_k · ∂O(α_k x)/∂x for each head, at some of the positions."""
         ...
 
     def complete_gradient(self, points: "Points") -> Float[Tensor, "heads pos d_model"]:
-        """The same for the whole of what the completeness error is about."""
+        """The same at all positions, and for the whole of what the completeness error is about."""
         ...
 
     def objective(self, alpha: float) -> Float[Tensor, "heads"]:
@@ -63,14 +63,14 @@ class Integrated:
     """An integrated gradient and how far to trust it; one entry per head.
 
     Attributes:
-        gradient: at all positions of the path.
+        gradient: at the positions that were asked for.
         objective: O(x), in float64.
         objective_at_zero: O(0).
         completeness_error: relative, see the head of this module.
         steps: how many interpolation points were taken; 0 is the plain gradient.
     """
 
-    gradient: Float[Tensor, "heads pos d_model"]
+    gradient: Float[Tensor, "heads chosen d_model"]
     objective: Float[Tensor, "heads"]
     objective_at_zero: Float[Tensor, "heads"]
     completeness_error: Float[Tensor, "heads"]
@@ -88,14 +88,16 @@ def interpolation(steps: int, rule: Rule) -> Points:
     return Points(tuple(((nodes + 1) / 2).tolist()), tuple((weights / 2).tolist()))
 
 
-def integrate(path: Path, steps: int | Literal["auto"] | None, rule: Rule) -> Float[Tensor, "heads pos d_model"]:
-    """The integrated gradient alone; `steps` of None is `DEFAULT_STEPS`."""
+def integrate(
+    path: Path, rows: list[int], steps: int | Literal["auto"] | None, rule: Rule
+) -> Float[Tensor, "heads chosen d_model"]:
+    """The integrated gradient alone, at some of the path's positions; `steps` of None is `DEFAULT_STEPS`."""
     if steps == "auto":
-        return integrate_with_report(path, steps, rule).gradient
-    return path.gradient(interpolation(DEFAULT_STEPS if steps is None else steps, rule))
+        return integrate_with_report(path, rows, steps, rule).gradient
+    return path.gradient(interpolation(DEFAULT_STEPS if steps is None else steps, rule), rows)
 
 
-def integrate_with_report(path: Path, steps: int | Literal["auto"] | None, rule: Rule) -> Integrated:
+def integrate_with_report(path: Path, rows: list[int], steps: int | Literal["auto"] | None, rule: Rule) -> Integrated:
     """The integrated gradient with its completeness error.
 
     With "auto" the number of points doubles from `DEFAULT_STEPS` until the error of every head is below `AUTO_ERROR`,
@@ -108,7 +110,7 @@ def integrate_with_report(path: Path, steps: int | Literal["auto"] | None, rule:
         complete = path.complete_gradient(points)
         error = completeness_error(complete, path.x, at_x - at_zero)
         if steps != "auto" or count >= AUTO_MOST_STEPS or bool((error < AUTO_ERROR).all()):
-            return Integrated(path.gradient(points), at_x, at_zero, error, count)
+            return Integrated(path.gradient(points, rows), at_x, at_zero, error, count)
         count *= 2
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attribution.integrate import Points
 from attribution.model.traced_backward import traced_gradient
+from attribution.norms import FrozenNorm
 from attribution.paths.heads import HeadsAt
 from attribution.paths.pieces import normed_rows
 
@@ -24,7 +25,11 @@ class QueryPath:
         self._frozen = at.block.attn_norm.at(self.x)
         self._key = at.key(at.k_raw)
 
-    def gradient(self, points: Points) -> Float[Tensor, "heads pos d_model"]:
+    def gradient(self, points: Points, rows: list[int]) -> Float[Tensor, "heads chosen d_model"]:
+        """See `attribution.integrate.Path`."""
+        return self.complete_gradient(points)[:, rows]
+
+    def complete_gradient(self, points: Points) -> Float[Tensor, "heads pos d_model"]:
         """See `attribution.integrate.Path`."""
         parts = []
         module = self.at.block.module(self.at.block.family.projections["q"].module)
@@ -40,8 +45,6 @@ class QueryPath:
             parts.append(frozen.backward(at.through_weight("q", grad)))
         return torch.cat(parts, dim=1)
 
-    complete_gradient = gradient
-
     @torch.no_grad()
     def objective(self, alpha: float) -> Float[Tensor, "heads"]:
         """See `attribution.integrate.Path`."""
@@ -56,8 +59,15 @@ class KeyPath:
         self.at, self.x = at, at.resid
         self._frozen = at.block.attn_norm.at(self.x)
 
-    def gradient(self, points: Points) -> Float[Tensor, "heads pos d_model"]:
+    def gradient(self, points: Points, rows: list[int]) -> Float[Tensor, "heads chosen d_model"]:
         """See `attribution.integrate.Path`."""
+        return _through(self.at, "k", self._frozen, self._key_gradient(points), rows)
+
+    def complete_gradient(self, points: Points) -> Float[Tensor, "heads pos d_model"]:
+        """See `attribution.integrate.Path`."""
+        return _through(self.at, "k", self._frozen, self._key_gradient(points))
+
+    def _key_gradient(self, points: Points) -> Float[Tensor, "key heads d_head"]:
         at = self.at
         module = at.block.module(at.block.family.projections["k"].module)
         normed = normed_rows(points, self._frozen, self.x).to(at.block.weight_dtype)
@@ -70,9 +80,7 @@ class KeyPath:
                 return points.weigh(at.writes(query, at.key(raw))).sum(), raw
 
             total += traced_gradient(module, normed, objective).sum(0)
-        return self._frozen.backward(at.through_weight("k", total))
-
-    complete_gradient = gradient
+        return total
 
     @torch.no_grad()
     def objective(self, alpha: float) -> Float[Tensor, "heads"]:
@@ -92,11 +100,13 @@ class ValuePath:
         for _, part in at.in_pieces(1):
             self._value_grad += torch.einsum("hqk,qhd->khd", part.pattern(part.query(part.q_raw), key), part.z_grad)
 
-    def gradient(self, points: Points) -> Float[Tensor, "heads pos d_model"]:
+    def gradient(self, points: Points, rows: list[int]) -> Float[Tensor, "heads chosen d_model"]:
         """See `attribution.integrate.Path`; the same for every rule."""
-        return self._frozen.backward(self.at.through_weight("v", self._value_grad))
+        return _through(self.at, "v", self._frozen, self._value_grad, rows)
 
-    complete_gradient = gradient
+    def complete_gradient(self, points: Points) -> Float[Tensor, "heads pos d_model"]:
+        """See `attribution.integrate.Path`."""
+        return _through(self.at, "v", self._frozen, self._value_grad)
 
     @torch.no_grad()
     def objective(self, alpha: float) -> Float[Tensor, "heads"]:
@@ -113,13 +123,15 @@ class PatternPath:
         self._query, self._key = QueryPath(at), KeyPath(at)
         self._frozen = at.block.attn_norm.at(self.x)
 
-    def gradient(self, points: Points) -> Float[Tensor, "heads pos d_model"]:
+    def gradient(self, points: Points, rows: list[int]) -> Float[Tensor, "heads chosen d_model"]:
         """See `attribution.integrate.Path`."""
-        total = self._key.gradient(points)
-        total[:, self.at.queries] += self._query.gradient(points)
-        return total
+        return self.complete_gradient(points)[:, rows]
 
-    complete_gradient = gradient
+    def complete_gradient(self, points: Points) -> Float[Tensor, "heads pos d_model"]:
+        """See `attribution.integrate.Path`."""
+        total = self._key.complete_gradient(points)
+        total[:, self.at.queries] += self._query.complete_gradient(points)
+        return total
 
     @torch.no_grad()
     def objective(self, alpha: float) -> Float[Tensor, "heads"]:
@@ -127,6 +139,15 @@ class PatternPath:
         normed = self._frozen(alpha * self.x)
         key, raw = self.at.key(self.at.projected("k", normed)), self.at.projected("q", normed)[self.at.queries]
         return _sum_over_queries(self.at, lambda rows, at: at.writes(at.query(raw[rows]), key))
+
+
+def _through(
+    at: HeadsAt, name: str, frozen: FrozenNorm, grad: Float[Tensor, "pos heads d_head"], rows: list[int] | None = None
+) -> Float[Tensor, "heads chosen d_model"]:
+    """From the output of a projection back to the stream, at some positions or all."""
+    if rows is not None:
+        grad, frozen = grad[rows], frozen.rows(rows)
+    return frozen.backward(at.through_weight(name, grad))
 
 
 def _sum_over_queries(at: HeadsAt, writes: Callable[[list[int], HeadsAt], Tensor]) -> Float[Tensor, "heads"]:

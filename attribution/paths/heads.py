@@ -67,7 +67,7 @@ class HeadsAt:
 
     def writes(self, q: Tensor, k: Tensor) -> Float[Tensor, "*point heads"]:
         """⟨G, what each head writes⟩ with this q and k, and the actual v."""
-        return (self.pattern(q, k) * self.value_grad).sum((-1, -2))
+        return torch.einsum("...hqk,hqk->...h", self.pattern(q, k), self.value_grad)
 
     def projected(self, name: str, normed: Float[Tensor, "*point pos d_model"]) -> Tensor:
         """The projection q, k or v of normed rows by the layer's dense module, for the chosen heads."""

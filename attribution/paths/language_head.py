@@ -18,7 +18,11 @@ class LanguageHeadPath:
         self.labels = torch.tensor(labels, device=head.device)
         self._frozen = head.norm.at(self.x)
 
-    def gradient(self, points: Points) -> Float[Tensor, "1 pos d_model"]:
+    def gradient(self, points: Points, rows: list[int]) -> Float[Tensor, "1 chosen d_model"]:
+        """See `attribution.integrate.Path`."""
+        return self.complete_gradient(points)[:, rows]
+
+    def complete_gradient(self, points: Points) -> Float[Tensor, "1 pos d_model"]:
         """See `attribution.integrate.Path`."""
         parts = []
         for rows in pieces(len(self.x), len(points.alphas) * self.head.width):
@@ -31,8 +35,6 @@ class LanguageHeadPath:
             )
             parts.append(grad.to(self.head.dtype).sum(0))
         return torch.cat(parts)[None]
-
-    complete_gradient = gradient
 
     @torch.no_grad()
     def objective(self, alpha: float) -> Float[Tensor, "1"]:

@@ -26,9 +26,9 @@ class MLPPath:
         if post is not None:  # frozen: what the MLP writes is scaled, and so is G
             self._grad = grad * post.at(self._writes(1.0)).norm_scale * post.weight
 
-    def gradient(self, points: Points) -> Float[Tensor, "1 pos d_model"]:
+    def gradient(self, points: Points, rows: list[int]) -> Float[Tensor, "1 chosen d_model"]:
         """See `attribution.integrate.Path`."""
-        return self._gradient(points, self._detached)
+        return self._gradient(points, self._detached)[:, rows]
 
     def complete_gradient(self, points: Points) -> Float[Tensor, "1 pos d_model"]:
         """Both branches: neither is complete alone."""

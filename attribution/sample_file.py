@@ -1,8 +1,8 @@
 """One stored sample as a file: safetensors, there whole or not at all, read in slices by positioned reads.
 
-The file is the length of its header (8 bytes), the header (JSON: dtype, shape and byte range of every tensor, and one
-string of metadata) and the tensors one after the other. Nothing is mapped into memory: of a cold file, `pread` fetches
-what was asked for, and a mapping several times as much.
+The file is an envelope (`attribution.envelope`): the length of its header (8 bytes), the header (JSON: dtype, shape and
+byte range of every tensor, and the metadata) and the tensors one after the other. Nothing is mapped into memory: of a
+cold file a positioned read fetches what was asked for, and a mapping several times as much.
 
 1. `write_file` writes to a temporary name in the same folder and renames it: a file that can be seen is whole.
 2. `read_layout` parses the header and compares it with the size of the file. Nothing in it is trusted.
@@ -24,13 +24,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from attribution.errors import StorageFailed
+from attribution.envelope_header import DTYPES, METADATA, parse_header
+from attribution.errors import BadEnvelope, StorageFailed
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LENGTH = 8  # bytes that hold the length of the header
 _LONGEST_HEADER = 100_000_000  # as the safetensors library has it
-_METADATA_KEY = "sightline"
 _OLD = 3600.0  # seconds after which a temporary file of another machine is nobody's
 
 
@@ -81,7 +80,8 @@ def damaged(path: Path, reason: str) -> StorageFailed:
 
 def header_bytes(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: dict[str, Any]) -> bytes:
     """The beginning of a file of tensors of these dtypes and shapes; the tensors follow in this order."""
-    header: dict[str, Any] = {"__metadata__": {_METADATA_KEY: json.dumps(metadata, separators=(",", ":"))}}
+    value = metadata | {"tensors": {name: {"$tensor": name} for name in tensors}}
+    header: dict[str, Any] = {"__metadata__": {METADATA: json.dumps(value, separators=(",", ":"))}}
     offset = 0
     for name, (dtype, shape) in tensors.items():
         end = offset + prod(shape) * dtype.itemsize
@@ -168,42 +168,18 @@ def read_layout(path: Path) -> Layout:
         start = int.from_bytes(_read(file, 0, min(_LENGTH, status.st_size)), "little") + _LENGTH
         if start > min(status.st_size, _LONGEST_HEADER):
             raise ValueError(f"its header would take {start - _LENGTH} bytes and the file has {status.st_size}")
-        slots, metadata, size = _parsed(_read(file, _LENGTH, start - _LENGTH), start)
+        entries, metadata = parse_header(_read(file, _LENGTH, start - _LENGTH))
+        size = start + (entries[-1].end if entries else 0)
         if size != status.st_size:
             raise ValueError(f"by its header it has {size} bytes and the file has {status.st_size}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged(
-            path, str(error) if type(error) is ValueError else f"its header is malformed ({error!r})"
-        ) from error
+    except (BadEnvelope, ValueError) as error:
+        raise damaged(path, str(error)) from error
     except OSError as error:
         raise StorageFailed(f"{path} cannot be read: {error}") from error
     finally:
         os.close(file)
+    slots = {entry.key: Slot(entry.dtype, entry.shape, start + entry.start) for entry in entries}
     return Layout(path, FileKey.of(status), slots, metadata)
-
-
-def _parsed(text: bytes, start: int) -> tuple[dict[str, Slot], dict[str, Any], int]:
-    """The slots, the metadata and the size of the whole file, from the header's text."""
-    header = json.loads(text, object_pairs_hook=_no_key_twice)
-    metadata = json.loads(header.pop("__metadata__")[_METADATA_KEY], object_pairs_hook=_no_key_twice)
-    slots, end = {}, start
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        shape, (first, last) = entry["shape"], entry["data_offsets"]
-        if not all(type(size) is int and size > 0 for size in (*shape, first + 1, last)):
-            raise ValueError(f"{name} has the shape {shape} and lies at {first} to {last}")
-        slots[name] = Slot(_DTYPES[entry["dtype"]], tuple(shape), start + first)
-        size = prod(shape) * slots[name].dtype.itemsize
-        if start + first != end or last - first != size:
-            raise ValueError(f"{name} of {size} bytes lies at {first} to {last}, where {end - start} was to begin one")
-        end += size
-    return slots, metadata, end
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("its header names something twice")
-    return found
 
 
 def read_rows(layout: Layout, name: str, layers: Sequence[int], positions: Sequence[int]) -> Tensor:

@@ -95,13 +95,17 @@ def created_and_versions() -> dict[str, Any]:
 
 
 def metadata_of(identity: Identity, token_ids: list[int], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The metadata of a sample's file."""
+    """The metadata of a sample's file. NaN and inf never leave the stream that they entered: its end tells of all."""
+    return metadata_record(identity, token_ids, finite=bool(torch.isfinite(tensors["resid"][-1]).all()))
+
+
+def metadata_record(identity: Identity, token_ids: list[int], *, finite: bool) -> dict[str, Any]:
+    """The metadata of a sample's file, as `stored_sample` reads it."""
     return {
         "format": _FORMAT,
         "token_ids": token_ids,
         "token_ids_sha256": _sha256(token_ids),
-        # NaN and inf never leave the stream that they entered
-        "finite": bool(torch.isfinite(tensors["resid"][-1]).all()),
+        "finite": finite,
         "model": identity.record(),
         **created_and_versions(),
     }
@@ -201,7 +205,7 @@ def _check_shapes(layout: Layout, tokens: int, dtype: str) -> None:
     resid, z, mlp_out = shapes["resid"], shapes["z"], shapes["mlp_out"]
     layers = resid[0] - 1
     whole = len(z) == 4 and z[:2] == (layers, tokens) and mlp_out == (layers, tokens, *resid[2:]) and len(resid) == 3
-    if len(shapes) != 3 or not whole or resid[1] != tokens:
+    if len(shapes) != 3 or not whole or resid[1] != tokens or not tokens:
         raise ValueError(f"its tensors have the shapes {shapes}, which are not those of a sample of {tokens} tokens")
     if {str(slot.dtype).removeprefix("torch.") for slot in layout.slots.values()} != {dtype}:
         raise ValueError(f"its tensors are not all of {dtype}")

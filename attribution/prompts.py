@@ -1,0 +1,98 @@
+"""From what a caller gives to the tokens of a sample: a text, messages, token ids, or a recorded run."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from jinja2 import TemplateError
+from pydantic import BeforeValidator
+
+from attribution import checks
+from attribution.arguments import Positions
+from attribution.errors import InvalidArgument, RunNotFound, SampleMismatch, StorageFailed
+from attribution.model.traced import TracedModel
+
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+Message = dict[str, Any]
+
+
+def _prompt(value: object) -> object:
+    known = isinstance(value, str | dict) or not hasattr(value, "__iter__")
+    items = [] if known else list(value)  # type: ignore[call-overload]
+    if isinstance(value, str) or (items and all(isinstance(item, dict) for item in items)):
+        return value
+    if known or any(isinstance(item, dict | str) for item in items):
+        raise ValueError("a text, a list of messages, or a list of token ids is expected")
+    return value
+
+
+Prompt = Annotated[
+    str | list[Message] | Positions,
+    BeforeValidator(_prompt, json_schema_input_type=str | list[Message] | list[int]),
+]
+"""A text, the messages of a conversation, or token ids."""
+
+
+def tokens_of(model: TracedModel, prompt: str | list[Message] | list[int], *, special: bool, name: str) -> list[int]:
+    """The tokens of a prompt.
+
+    Args:
+        special: whether a text gets the tokenizer's own special tokens, as "<bos>"; a conversation never does, its
+            template has them.
+        name: the argument that the prompt came from.
+
+    Raises:
+        InvalidArgument: the chat template refuses the messages, or there is none.
+    """
+    if isinstance(prompt, str):
+        return list(model.tokenizer.encode(prompt, add_special_tokens=special))
+    if prompt and isinstance(prompt[0], dict):
+        return _templated(model, prompt, name)  # type: ignore[arg-type]
+    return list(prompt)  # type: ignore[arg-type]
+
+
+def _templated(model: TracedModel, messages: list[Message], name: str) -> list[int]:
+    tokenizer = model.tokenizer
+    if tokenizer.chat_template is None:
+        raise InvalidArgument(f"{model.id!r} has no chat template; give a text or token ids", param=name)
+    for message in messages:
+        if not isinstance(message.get("role"), str):
+            raise InvalidArgument(f"{name}: every message has a role; found {str(message)[:80]}", param=name)
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=messages[-1]["role"] != "assistant", tokenize=False
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise InvalidArgument(f"{name}: the chat template refuses these messages: {error}", param=name) from error
+    return list(tokenizer.encode(text, add_special_tokens=False))  # type: ignore[arg-type]
+
+
+def run_tokens(model: TracedModel, runs_dir: Path, run_id: str, choice: int) -> list[int]:
+    """All tokens of a recorded answer, prompt and completion.
+
+    Raises:
+        RunNotFound: no run of this id is recorded below `runs_dir`.
+        OutOfRange: the run has no such choice.
+        SampleMismatch: it is a run of another model.
+        StorageFailed: its record cannot be read.
+    """
+    path = runs_dir / run_id / "run.json"
+    try:
+        if not _RUN_ID.fullmatch(run_id):
+            raise FileNotFoundError(run_id)
+        record = json.loads(path.read_bytes())
+        of = (record["model"], record["revision"])
+        answers = {answer["index"]: [int(token) for token in answer["token_ids"]] for answer in record["choices"]}
+    except FileNotFoundError as error:
+        raise RunNotFound(f"no run {run_id[:80]!r} is recorded below {runs_dir}", param="run_id") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageFailed(f"{path} cannot be read: {error!r}") from error
+    if of != (model.id, model.revision):
+        raise SampleMismatch(
+            f"the run {run_id!r} is of the model {of[0]!r} (revision {of[1]}), and this is {model.id!r} (revision "
+            f"{model.revision}); load that model, or give its tokens as token_ids",
+            param="run_id",
+        )
+    return answers[checks.in_range("choice", choice, len(answers), "the choices of this run")]

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attribution.attention import attention_pattern, hidden_edges, repeat_heads
-from attribution.errors import UnsupportedModel
+from attribution.errors import GradientsRefused, UnsupportedModel
+from attribution.model.dequantise import dense_weight
 from attribution.model.families import Family
 from attribution.model.traced import TracedModel
 from attribution.norms import Norm
@@ -59,7 +60,15 @@ class Block:
 
     @cached_property
     def envoy(self) -> Any:
-        """The layer to trace: dense, also where the model is quantised."""
+        """The layer to trace: dense, also where the model is quantised.
+
+        Raises:
+            GradientsRefused: it is quantised in a way whose dense weights are not known.
+        """
+        if self.model.gradients_refused is not None:
+            raise GradientsRefused(
+                f"{self.model.id!r} gives no gradients: {self.model.gradients_refused}", param="model"
+            )
         return self.model.layer(self.layer)
 
     def module(self, path: str) -> Any:
@@ -111,8 +120,7 @@ class Block:
         """The weight of q, k, v (what reads the normed stream) or o (what writes to it), per head."""
         place = self.family.projections[name]
         module = self.module(place.module)._module
-        # Linear holds [out, in]; GPT-2's Conv1D [in, out]
-        weight = module.weight.detach() if isinstance(module, torch.nn.Linear) else module.weight.detach().T
+        weight = dense_weight(module)
         if name == "o":
             return weight.T.unflatten(0, (self.dims.n_heads, -1))
         if place.third is not None:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attribution.model.block import family_of, read_norm
+from attribution.model.dequantise import dense_weight
 from attribution.model.traced import TracedModel
 
 
@@ -24,7 +25,7 @@ class OutputHead:
         self.norm_envoy = envoy
         unembedding: Any = model.module.get_output_embeddings()
         rows = slice(None) if candidate_ids is None else candidate_ids
-        self._weight = unembedding.weight.detach()[rows]
+        self._weight = dense_weight(unembedding)[rows]
         self._bias = None if unembedding.bias is None else unembedding.bias.detach()[rows].to(self.dtype)
         self._softcap = getattr(model.module.config.get_text_config(), "final_logit_softcapping", None)
 

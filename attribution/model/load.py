@@ -15,9 +15,21 @@ from attribution.errors import InvalidRequest, ModelLoadFailed
 from attribution.model.families import FAMILIES
 from attribution.model.fingerprint import fingerprint
 from attribution.model.grouped import SDPA_GROUPED
+from attribution.model.guard import gradient_refusal
 from attribution.model.hub import resolve_alias
 from attribution.model.probe import probe, prove
+from attribution.model.quantised import (
+    Snapshot,
+    check_label,
+    check_quantization,
+    find_scheme,
+    held_bytes,
+    load_options,
+    scheme_of,
+    settle,
+)
 from attribution.model.traced import Dimensions, TracedModel
+from attribution.model.twins import TWIN_BYTES, Twins
 
 DTYPES = ("auto", "float32", "float64", "float16", "bfloat16")
 
@@ -34,6 +46,9 @@ class LoadSpec:
             groups the heads of sdpa (`attribution.model.grouped`).
         revision: a branch, tag or commit on the hub.
         trust_remote_code: whether the checkpoint's own Python may run.
+        quantization: "nf4" or "int8" quantise a dense checkpoint; these and "gptq" otherwise say what it must be; None
+            follows its config.
+        twin_bytes: how many bytes of dequantised weights are kept for the gradients of a quantised model.
     """
 
     model_id: str
@@ -42,17 +57,20 @@ class LoadSpec:
     attn_implementation: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    quantization: str | None = None
+    twin_bytes: int = TWIN_BYTES
 
 
 def load(spec: LoadSpec) -> TracedModel:
     """Load and prove a model; run this on the thread that will own it.
 
     Raises:
-        InvalidRequest: an unknown dtype.
+        InvalidRequest: an unknown dtype or quantisation.
         ModelLoadFailed: the checkpoint cannot be found, read traced, or is not whole; the message says why.
     """
     if spec.dtype not in DTYPES:
         raise InvalidRequest(f"dtype is one of {', '.join(DTYPES)}; found {spec.dtype!r}", param="dtype")
+    check_quantization(spec.quantization)
     started = time.perf_counter()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
@@ -67,7 +85,7 @@ def load(spec: LoadSpec) -> TracedModel:
     return replace(
         model,
         load_seconds=time.perf_counter() - started,
-        memory_bytes=sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())),
+        memory_bytes=held_bytes(module),
     )
 
 
@@ -81,12 +99,15 @@ def _read(spec: LoadSpec, source: str) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise _failed(spec, source, "its tokenizer has no vocabulary; are the tokenizer's files there?")
+    scheme = find_scheme(source, spec.quantization, **options)
+    device_map = _device_map(spec.device_map)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype),
-        device_map=_device_map(spec.device_map),
+        device_map=device_map,
         attn_implementation=spec.attn_implementation,
         output_loading_info=True,
+        **load_options(scheme, source, spec.dtype, device_map in (None, "cpu"), **options),
         **options,
     )
     module, info = loaded
@@ -95,6 +116,9 @@ def _read(spec: LoadSpec, source: str) -> tuple[Any, Any]:
     missing = sorted(info["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
         raise _failed(spec, source, f"{len(missing)} of its weights are missing, {missing[0]} for one")
+    if scheme is not None:
+        check_label(source, scheme, _snapshot(spec, source, module))
+        settle(module)
     return module, tokenizer
 
 
@@ -139,13 +163,26 @@ def _wrap(spec: LoadSpec, source: str, module: Any, tokenizer: Any) -> TracedMod
         sites={},
         fingerprint=fingerprint(module),  # before the first forward, at which quantised kernels may repack
     )
+    if (scheme := scheme_of(module)) is not None:
+        layers = "" if family is None else family.layers
+        twins = Twins(module, layers, scheme, _snapshot(spec, source, module), model.work_dtype, spec.twin_bytes)
+        model = replace(model, quantization=scheme.name, twins=twins)
     # nothing else of it is used, and `generate` would fill in what a request leaves open: an end token, a penalty
     module.generation_config = GenerationConfig()
     model = replace(model, sites=probe(model))
     if family is None:
         return model
+    if model.twins is not None:
+        model = replace(model, gradients_refused=gradient_refusal(model))
     failure = _failed_proof(model)
+    if model.twins is not None:
+        model.twins.clear()
     return model if failure is None else replace(model, family=None, note=f"its points failed their proof: {failure}")
+
+
+def _snapshot(spec: LoadSpec, source: str, module: Any) -> Snapshot:
+    revision = getattr(module.config, "_commit_hash", None) or spec.revision
+    return Snapshot(source, revision, f"{module.base_model_prefix}.")
 
 
 def _end_tokens(module: Any, tokenizer: Any) -> frozenset[int]:

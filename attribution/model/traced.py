@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from nnsight import TransformersModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from attribution.model.twins import Twins
+
 
 class Site(NamedTuple):
     """One side of one module. `path` counts from the root of the model; "" is the model, whose output is its logits."""
@@ -82,6 +84,9 @@ class TracedModel:
         end_token_ids: what ends a generation: the tokens of generation_config, of the config, and the tokenizer's.
         sites: what a probe forward saw, by site.
         fingerprint: of its weights, when it was loaded (`attribution.model.fingerprint`).
+        quantization: "gptq", "nf4", "int8" or what its config calls another way; None when it is dense.
+        twins: the dense twins of its layers when it is quantised.
+        gradients_refused: why a quantised model gives no gradients, in a sentence; None when it does.
     """
 
     id: str
@@ -97,6 +102,9 @@ class TracedModel:
     load_seconds: float = 0.0
     memory_bytes: int = 0
     fingerprint: str = ""
+    quantization: str | None = None
+    twins: "Twins | None" = field(default=None, repr=False)
+    gradients_refused: str | None = None
 
     @property
     def module(self) -> "PreTrainedModel":
@@ -108,14 +116,39 @@ class TracedModel:
         """The dtype of the activations."""
         return self.module.dtype
 
+    def describe(self) -> dict[str, Any]:
+        """What the model is, as JSON; sizes in bytes, times in seconds."""
+        sizes = self.dimensions
+        return {
+            "model": self.id,
+            "model_type": self.model_type,
+            "revision": self.revision,
+            "points": self.family is not None,
+            "note": self.note,
+            "n_layers": sizes.n_layers,
+            "n_heads": sizes.n_heads,
+            "n_kv_heads": sizes.n_kv_heads,
+            "hidden_size": sizes.d_model,
+            "window": sizes.window,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "attn_implementation": self.attn_implementation,
+            "quantization": self.quantization,
+            "gradients_refused": self.gradients_refused,
+            "load_seconds": round(self.load_seconds, 3),
+            "memory_bytes": self.memory_bytes,
+        }
+
     @property
     def work_dtype(self) -> torch.dtype:
         """The dtype of gradients and scores: float32, or float64 when the model is."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def layer(self, index: int) -> Any:
-        """The envoy of a decoder layer whose points are known, to be traced alone."""
+        """The envoy of a decoder layer whose points are known, to be traced alone; dense where it is quantised."""
         assert self.family is not None
+        if self.twins is not None:
+            return self.twins.layer(index)
         envoy: Any = self.envoy
         for name in self.family.layers.split("."):
             envoy = getattr(envoy, name)

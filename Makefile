@@ -1,8 +1,11 @@
-# Everything runs in .venv, which the first target that needs it sets up (about two minutes).
+# Everything runs in .venv, which the first target that needs it sets up (about two minutes); the benchmarks in .venv-bench,
+# which has the same versions and, beside them, the libraries that are compared with.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+EXTRAS := $(VENV)/.installed-extras
+BENCH  := .venv-bench
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -20,7 +23,7 @@ demo: install ## the main job end to end on the embedded model
 test: install ## the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: install ## all tests
+test-all: $(EXTRAS) ## all tests, those of quantised models included; the first time it installs what these need
 	$(BIN)/python -m pytest
 
 check: install ## ruff and pyright
@@ -28,22 +31,30 @@ check: install ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: install ## every benchmark, as a table and as JSON
-	$(BIN)/python -m benchmarks
+bench: $(BENCH)/.installed ## every benchmark, as a table and as JSON; PART=attribution measures one part
+	$(BENCH)/bin/python -m benchmarks $(PART)
 
 clean: ## remove what was built, .venv too
-	rm -rf $(VENV) build *.egg-info demo_out .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) build *.egg-info demo_out .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[dev]'
 	@touch $@
 
-$(BIN)/python:
+$(EXTRAS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[dev,gptq,bnb]'
+	@touch $@
+
+$(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/constraints.txt | $(BENCH)/bin/python
+	$(BENCH)/bin/python -m pip install --quiet --progress-bar off -c constraints.txt -c benchmarks/constraints.txt -e '.[bench]'
+	@touch $@
+
+$(BIN)/python $(BENCH)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "Sightline needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
 	  echo "Name another one: make $(firstword $(MAKECMDGOALS)) PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "'$(PYTHON)' comes without venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-	@echo "Setting up $(VENV): this takes a few minutes, once."
-	$(PYTHON) -m venv $(VENV)
+	@echo "Setting up $(@:/bin/python=): this takes a few minutes, once."
+	$(PYTHON) -m venv $(@:/bin/python=)

@@ -25,6 +25,11 @@ class Server:
     model: str
     extra: dict[str, object]
 
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return str(self.client.base_url).removesuffix("/v1/")
+
 
 @contextmanager
 def sightline(model: Path, activations: Path, *options: str) -> Iterator[Server]:

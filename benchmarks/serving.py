@@ -24,6 +24,10 @@ from benchmarks.table import Row
 
 TOKENS = 48
 CLIENTS = 16
+NOTE = (
+    'All clients ask for 48 tokens, greedily; "capture" is `resid_post[*]`, on disk when the answer arrives. '
+    "In a cell: the base first, then ours."
+)
 CAPTURE = {"savepoints": [{"name": "residual", "selector": "resid_post[*]"}]}
 
 

@@ -1,4 +1,4 @@
-"""The table of results."""
+"""The table of results: sections that are measured on their own, kept as JSON beside the table that shows them."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import platform
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -21,6 +22,29 @@ class Row:
     measured: str
 
 
+@dataclass(frozen=True)
+class Section:
+    """The rows of one run of one part, and what a reader must know of how they were measured."""
+
+    title: str
+    rows: list[Row]
+    rounds: int
+    note: str
+    day: str
+    machine: str
+
+    @classmethod
+    def of(cls, title: str, rows: list[Row], rounds: int, note: str = "") -> "Section":
+        """A section that was measured here and now."""
+        return cls(title, rows, rounds, note, date.today().isoformat(), machine())
+
+    @classmethod
+    def read(cls, record: dict[str, Any]) -> "Section":
+        """A section as `asdict` gave it."""
+        fields: dict[str, Any] = record | {"rows": [Row(**row) for row in record["rows"]]}
+        return cls(**fields)
+
+
 def machine() -> str:
     """This machine in one line."""
     memory = psutil.virtual_memory().total / 2**30
@@ -31,24 +55,39 @@ def machine() -> str:
     )
 
 
-def markdown(rows: list[Row], rounds: int) -> str:
-    """The table as it stands in RESULTS.md."""
+def markdown(section: Section) -> str:
+    """One section as it stands in RESULTS.md."""
     head = (
-        "# Results\n\n"
-        f"{date.today().isoformat()}, {machine()}; medians of {rounds} rounds, both sides of a ratio measured in turn "
-        "in one run. `make bench` prints and writes this table; absolute numbers compare only within a row.\n\n"
-        "| what | ratio | aim | measured (base, ours) |\n|---|---|---|---|\n"
+        f"## {section.title}\n\n{section.day}, {section.machine}; medians of {section.rounds} rounds.\n"
+        + (f"\n{section.note}\n" if section.note else "")
+        + "\n| what | ratio | aim | measured (base, ours) |\n|---|---|---|---|\n"
     )
-    lines = [
-        f"| {row.name} | {'' if row.ratio is None else f'{row.ratio:.2f}'} | {row.aim} | {row.measured} |"
-        for row in rows
-    ]
+    lines = [f"| {row.name} | {_shown(row.ratio)} | {row.aim} | {row.measured} |" for row in section.rows]
     return head + "\n".join(lines) + "\n"
 
 
-def write(rows: list[Row], rounds: int, folder: Path) -> None:
-    """Print the table and its JSON, and keep the table in RESULTS.md."""
-    text = markdown(rows, rounds)
-    print(text)
-    print(json.dumps([asdict(row) for row in rows], ensure_ascii=False))
-    (folder / "RESULTS.md").write_text(text)
+def _shown(ratio: float | None) -> str:
+    if ratio is None:
+        return ""
+    return f"{ratio:.3f}" if ratio < 0.2 else f"{ratio:.2f}"
+
+
+def write(sections: list[Section], folder: Path) -> None:
+    """Print sections and their JSON; in results.json and RESULTS.md they replace those of the same titles."""
+    for section in sections:
+        print(markdown(section))
+        print(json.dumps(asdict(section), ensure_ascii=False))
+    kept = {one.title: one for one in _read(folder)} | {one.title: one for one in sections}
+    records = [asdict(one) for one in kept.values()]
+    (folder / "results.json").write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n")
+    head = (
+        "# Results\n\nBoth sides of a ratio were measured in turn in one run; absolute numbers compare only within a "
+        "row. `make bench` measures everything again, `python -m benchmarks PART` one part; both print this table and "
+        "write it, with results.json, which holds the same.\n"
+    )
+    (folder / "RESULTS.md").write_text("\n".join([head, *(markdown(one) for one in kept.values())]))
+
+
+def _read(folder: Path) -> list[Section]:
+    path = folder / "results.json"
+    return [Section.read(record) for record in json.loads(path.read_text())] if path.exists() else []

@@ -3,7 +3,8 @@
 1. Start the server as a user would, on a free port.
 2. Send a puzzle through the OpenAI SDK, with savepoints.
 3. Show the answer grid beside the right one, and the tensors that were on disk when it arrived.
-4. Stop the server, and keep a picture of the run.
+4. Attribute one cell of the answer, and remove what was found (`server.commands.demo_attribution`).
+5. Stop the server, and keep a picture of the run.
 """
 
 import json
@@ -27,6 +28,7 @@ from rich.text import Text
 
 from attribution.errors import SightlineError
 from puzzles import Puzzle, PuzzleError, gen_prompt, gen_puzzle, parse_grid
+from server.commands.demo_attribution import explain
 from server.commands.output import show, size
 from server.settings import environment_without_settings
 
@@ -68,11 +70,13 @@ def run(out: Path) -> None:
         started = time.perf_counter()
         reply = ask(url, prompt)
         taken = time.perf_counter() - started
-    console.print(f"[bold]3.[/] The answer after {taken:.2f} s ({reply.usage.completion_tokens} tokens):")
-    _show_answer(console, puzzle, reply.choices[0].message.content)
-    console.print("[bold]4.[/] On disk when the answer arrived:")
-    _show_files(console, reply.activations_meta)
-    run_id = reply.choices[0].message.run_id
+        console.print(f"[bold]3.[/] The answer after {taken:.2f} s ({reply.usage.completion_tokens} tokens):")
+        _show_answer(console, puzzle, reply.choices[0].message.content)
+        console.print("[bold]4.[/] On disk when the answer arrived:")
+        _show_files(console, reply.activations_meta)
+        run_id = reply.choices[0].message.run_id
+        console.print()
+        explain(console, url, run_id, reply.usage.prompt_tokens, puzzle, out)
     command = "sightline" if shutil.which("sightline") else os.path.relpath(Path(sys.executable).with_name("sightline"))
     console.save_svg(str(out / "demo.svg"), title="sightline demo", clear=False)
     console.print("\nThe server has stopped. Look closer with:")
@@ -108,6 +112,8 @@ def running_server(activations: Path, log: Path) -> Iterator[tuple[str, float]]:
         str(port),
         "--activations-dir",
         str(activations),
+        "--store-dir",
+        str(activations.with_name("store")),
     ]
     url = f"http://127.0.0.1:{port}"
     environment = environment_without_settings()

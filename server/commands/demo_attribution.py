@@ -55,8 +55,8 @@ def explain(console: Console, url: str, run_id: str, prompt_tokens: int, puzzle:
         scores = scores[..., 0]
         console.print(
             f"[bold]5.[/] Which parts of the model wrote the cell in row {cell.row + 1}, column {cell.column + 1} "
-            f"('{cell.letter}')? Its log-probability among the five colours is {report['objective']:.4f};\n"
-            f"   {report['objective'] - report['objective_at_zero']:.3f} nats of it are attributed "
+            f"('{cell.letter}')? Its log-probability\n   among the five colours is {report['objective']:.4f}; "
+            f"{report['objective'] - report['objective_at_zero']:.3f} nats of it are attributed "
             f"(completeness error {report['completeness_error']:.0e}). The highest scores:"
         )
         _show_top(console, scores)
@@ -67,12 +67,12 @@ def explain(console: Console, url: str, run_id: str, prompt_tokens: int, puzzle:
 
 
 def _changed_cell(puzzle: Puzzle, tokens: list[str], token_ids: list[int], prompt_tokens: int) -> Cell:
-    """The first cell that the rule has coloured, and that the model got right."""
+    """The last cell that the rule changes and the model got right."""
     colours = {f" {letter}": letter for letter in COLOURS}
     ids = {colours[token]: number for token, number in zip(tokens, token_ids, strict=True) if token in colours}
     places = [i for i in range(prompt_tokens, len(tokens)) if tokens[i] in colours]
     rows, columns = puzzle.shape
-    for number, position in enumerate(places[: rows * columns]):
+    for number, position in reversed(list(enumerate(places[: rows * columns]))):
         row, column = divmod(number, columns)
         letter = puzzle.test_output[row][column]
         if letter != puzzle.test_input[row][column] and colours[tokens[position]] == letter:

@@ -1,8 +1,8 @@
 """JSON and tensors in one safetensors blob: what carries tensors between a server and its clients.
 
-A blob is 8 bytes (the header's length, little endian), a header in JSON, and the tensors' memory. The header says dtype,
-shape and place of each tensor, and under `__metadata__` → "sightline" the value as JSON, with `{"$tensor": key}` in place
-of a tensor and `{"$tuple": […]}` in place of a tuple. NaN and infinity are written as Python's json writes them.
+A blob is 8 bytes (the header's length, little endian), a header in JSON, and the tensors' memory. The header says
+dtype, shape and place of each tensor, and under `__metadata__` → "sightline" the value as JSON, with `{"$tensor": key}`
+in place of a tensor and `{"$tuple": […]}` of a tuple. NaN and infinity are written as Python's json writes them.
 
 Nothing is held twice: `pack` sends the memory of the tensors themselves, and `Unpacker`, which is fed with chunks as
 they come, copies each to its place in a tensor. It believes nothing: the header is checked whole, against the bound and
@@ -21,6 +21,8 @@ from attribution.envelope_header import DTYPES, METADATA, Entry, parse_header
 from attribution.errors import BadEnvelope, EnvelopeTooLarge, InvalidArgument, InvalidRequest, NotFinite
 
 MEDIA_TYPE = "application/vnd.sightline+safetensors"
+PROGRESS_TYPE = "application/vnd.sightline+progress"
+"""Lines of JSON: `{"progress": {"done", "total"}}` each, then `{"error": …}`, or `{"result": true}` and an envelope."""
 MAX_HEADER_BYTES = 16 * 1024**2
 MAX_JSON_NUMBERS = 4_000_000
 _CHUNK_BYTES = 1024**2

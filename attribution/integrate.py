@@ -9,7 +9,7 @@ Sundararajan et al., "Axiomatic attribution for deep networks" (2017).
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ AUTO_ERROR, AUTO_MOST_STEPS = 1e-3, 64
 _TINY = 1e-30
 
 
+@runtime_checkable
 class Path(Protocol):
     """A node reading α·x: what `integrate` needs to know of it. Axis 0 of results is the heads (1 where none)."""
 

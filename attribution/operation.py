@@ -15,7 +15,7 @@ pieces others may use the model, the caller may show how far it is, or leave.
 import inspect
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
@@ -42,6 +42,7 @@ class Progress:
 Steps = Generator[Progress, None, R]
 
 
+@runtime_checkable
 class Runs(Protocol):
     """What has operations as methods: it runs them, here or elsewhere."""
 
@@ -119,6 +120,7 @@ def _params_model(function: Callable[..., Any], parameters: list[inspect.Paramet
     return create_model(function.__name__, __config__=config, **fields)
 
 
+@runtime_checkable
 class _Declare(Protocol):
     @overload
     def __call__(self, function: "Callable[Concatenate[LocalSession, P], Steps[R]]") -> Operation[P, R]: ...

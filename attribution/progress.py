@@ -1,7 +1,8 @@
 """Progress bars: on a terminal and in a notebook, silent in a pipe."""
 
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm.auto import tqdm
@@ -17,16 +18,28 @@ def progress_bar(total: int | None, label: str, *, show: bool = True) -> tqdm:
     return tqdm(total=total, desc=label, unit="sample", disable=not (show and (in_notebook or sys.stderr.isatty())))
 
 
-def drive(steps: Generator[Progress, None, R], label: str, *, show: bool) -> R:
-    """Run a generator of `Progress` to its end, with a bar, and give what it returns."""
-    bar = None
+@contextmanager
+def shown(label: str, *, show: bool) -> Iterator[Callable[[Progress], None]]:
+    """What to call with each `Progress`; the bar appears with the first."""
+    bar: tqdm | None = None
+
+    def tell(progress: Progress) -> None:
+        nonlocal bar
+        bar = bar or progress_bar(progress.total, label, show=show)
+        bar.update(progress.done - bar.n)
+
     try:
-        while True:
-            done = next(steps)
-            bar = bar or progress_bar(done.total, label, show=show)
-            bar.update(done.done - bar.n)
-    except StopIteration as end:
-        return end.value
+        yield tell
     finally:
         if bar is not None:
             bar.close()
+
+
+def drive(steps: Generator[Progress, None, R], label: str, *, show: bool) -> R:
+    """Run a generator of `Progress` to its end, with a bar, and give what it returns."""
+    with shown(label, show=show) as tell:
+        while True:
+            try:
+                tell(next(steps))
+            except StopIteration as end:
+                return end.value

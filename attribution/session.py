@@ -9,17 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from attribution.errors import InvalidRequest
+from attribution.errors import ModelNotFound
 from attribution.model.load import LoadSpec, load
 from attribution.model.traced import TracedModel
 from attribution.operation import Operation
+from attribution.operations import getters, gradients, samples, scores
 from attribution.progress import drive
+from attribution.results import forward_results
 from attribution.store import ActivationStore
 from attribution.stored import Identity, StoredSample
 
 DEFAULT_STORE = Path("/tmp/nnsight_store")
 DEFAULT_STORE_RAM = 4 * 1024**3
 DEFAULT_RUNS = Path("/tmp/nnsight_activations")
+NONE_LOADED = "no model is loaded; load_model(path), or POST /models/load, loads one"
 
 
 class LocalSession:
@@ -54,10 +57,10 @@ class LocalSession:
         """The model of this session.
 
         Raises:
-            InvalidRequest: none is loaded.
+            ModelNotFound: none is loaded.
         """
         if self._model is None:
-            raise InvalidRequest("this session has no model; load_model(path) loads one", param="model")
+            raise ModelNotFound(NONE_LOADED, param="model")
         return self._model
 
     def run(self, operation: Operation[..., Any], arguments: Mapping[str, Any]) -> Any:
@@ -123,3 +126,26 @@ class LocalSession:
             "cached_datasets": store.datasets(self.identity),
             "store": room,
         }
+
+    # the operations, each declared once in `attribution.operations`
+    forward = samples.forward
+    batch_forward = samples.batch_forward
+    estimate_memory = samples.estimate_memory
+    list_cached_samples = samples.list_cached_samples
+    clear_cache = samples.clear_cache
+    clear_all_cache = samples.clear_all_cache
+    empty_cuda_cache = samples.empty_cuda_cache
+    get_hidden_states = getters.get_hidden_states
+    get_attn_weights = getters.get_attn_weights
+    get_attn_weights_batch = getters.get_attn_weights_batch
+    get_head_output = getters.get_head_output
+    get_attn_output = getters.get_attn_output
+    get_mlp_output = getters.get_mlp_output
+    compute_node_gradient = gradients.compute_node_gradient
+    node_gradient_report = gradients.node_gradient_report
+    compute_node_gradient_batch = gradients.compute_node_gradient_batch
+    attribute_residual = scores.attribute_residual
+    attribute_residual_terms = scores.attribute_residual_terms
+    attribute_attn_weights = scores.attribute_attn_weights
+    ablate = scores.ablate
+    forward_results = forward_results

@@ -19,17 +19,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import attribution.model  # noqa: F401  imports what must come before nnsight
 from attribution.errors import InvalidRequest, NotFound, SightlineError, Unauthorized
 from attribution.model.load import LoadSpec
+from server.bodies import TensorRoom, longest_body
 from server.logs import request_id
 from server.metrics import Metrics
 from server.registry import EMBEDDED, ModelRegistry
+from server.routes import attribution as attribution_routes
 from server.routes import health, models, openai, runs
 from server.runs import RunStore
 from server.settings import Settings
-from server.state import State
+from server.state import SERVER_FAILED, State
 
 OPEN_PATHS = frozenset({"/health"})
 log = logging.getLogger("sightline.http")
 _SWEEP_SECONDS = 60
+_LONG_BODY_BYTES = 64 * 1024
 _MAX_BODY_BYTES = 32 * 1024**2  # several times the longest prompt that is taken
 
 
@@ -43,10 +46,11 @@ def create_app(settings: Settings) -> FastAPI:
         None if ttl is None else ttl.total_seconds(),
     )
     store.remove_unfinished()
-    state = State(settings, metrics, ModelRegistry(settings, metrics), store)
+    room = TensorRoom(int(settings.max_tensor_bytes))
+    state = State(settings, metrics, ModelRegistry(settings, metrics), store, room)
     app = FastAPI(title="Sightline", version=version("sightline"), lifespan=_lifespan)
     app.state.sightline = state
-    for routes in (health, openai, models, runs):
+    for routes in (health, openai, models, runs, attribution_routes):
         app.include_router(routes.router)
     app.add_exception_handler(SightlineError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -86,26 +90,37 @@ async def _sweep(store: RunStore) -> None:
 
 
 class _Exchange:
-    """One request and its answer: bounds what is read, and puts the id on what is sent."""
+    """One request and its answer: bounds what is read, and puts the id on what is sent.
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    An answer to a long body that was not read to its end closes the connection, so that the rest is not read either.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, longest: int) -> None:
         self.id = uuid.uuid4().hex[:12]
         self.status: int | None = None
-        self._receive, self._send, self._read = receive, send, 0
+        self._receive, self._send, self._read, self._longest = receive, send, 0, longest
+        headers = dict(scope["headers"])
+        announced = headers.get(b"content-length", b"0")
+        is_long = not announced.isdigit() or int(announced) > _LONG_BODY_BYTES
+        self._unread = is_long or b"transfer-encoding" in headers
 
     async def receive(self) -> Message:
         """The next part of the request."""
         message = await self._receive()
         self._read += len(message.get("body", b""))
-        if self._read > _MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body has more than {_MAX_BODY_BYTES:,} bytes")
+        if self._read > self._longest:
+            raise HTTPException(413, f"the body has more than {self._longest:,} bytes")
+        self._unread = self._unread and message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
         """Send the next part of the answer."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message.setdefault("headers", []).append((b"x-request-id", self.id.encode()))
+            headers = message.setdefault("headers", [])
+            headers.append((b"x-request-id", self.id.encode()))
+            if self._unread:
+                headers.append((b"connection", b"close"))
         await self._send(message)
 
 
@@ -120,7 +135,8 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange, started = _Exchange(receive, send), time.perf_counter()
+        longest = longest_body(scope, _MAX_BODY_BYTES, self.state.room.size)
+        exchange, started = _Exchange(scope, receive, send, longest), time.perf_counter()
         token = request_id.set(exchange.id)
         try:
             if scope["path"] in OPEN_PATHS or self._has_key(scope):
@@ -132,7 +148,7 @@ class Gate:
             log.exception("a request failed on the server")
             if exchange.status is not None:
                 raise  # the connection breaks off, which its client cannot take for the end of an answer
-            error = SightlineError("the server failed on this request; its log has the reason")
+            error = SightlineError(SERVER_FAILED)
             await _reply(error)(scope, exchange.receive, exchange.send)
         finally:
             self._note(scope, exchange.status or 500, time.perf_counter() - started)

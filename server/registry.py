@@ -10,12 +10,14 @@ from functools import partial
 
 import torch
 
-from attribution.errors import Busy, ModelNotFound
+from attribution.errors import Busy, ModelAmbiguous, ModelNotFound
 from attribution.model.hub import resolve_alias
 from attribution.model.load import LoadSpec, load
 from attribution.model.traced import TracedModel
 from attribution.positions import parse_window
 from attribution.selectors import parse_selector
+from attribution.session import NONE_LOADED, LocalSession
+from attribution.store import ActivationStore
 from server.generation.engine import make_engine
 from server.metrics import Metrics
 from server.savepoints import SavepointSpec, declare
@@ -28,10 +30,11 @@ log = logging.getLogger("sightline.models")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that can serve: itself, its thread, and the savepoints that it was loaded with."""
+    """A model that can serve: itself, its thread, its session for attribution, and the savepoints of its load."""
 
     model: TracedModel
     worker: ModelWorker
+    session: LocalSession
     spec: LoadSpec
     savepoints: tuple[SavepointSpec, ...] = ()
     created: float = field(default_factory=time.time)
@@ -52,6 +55,8 @@ class ModelRegistry:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings, self._metrics = settings, metrics
+        self.store = ActivationStore(settings.store_dir, int(settings.store_ram))
+        """The stored samples of all models."""
         self._loaded: dict[str, LoadedModel] = {}
         self._loading: dict[str, tuple[LoadSpec, asyncio.Task[LoadedModel]]] = {}
         self._asking: Counter[str] = Counter()  # loads of each model that have not been answered
@@ -80,6 +85,26 @@ class ModelRegistry:
                 f"no model {name!r} is loaded; loaded: {names}. POST /models/load loads one", param="model"
             )
         return entry
+
+    def choose(self, name: str | None) -> LoadedModel:
+        """The loaded model of this name; None is the only one.
+
+        Raises:
+            ModelNotFound: it is not loaded, or none is.
+            ModelAmbiguous: no name was given and several are.
+        """
+        if name is not None:
+            return self.get(name)
+        if not self._loaded:
+            raise ModelNotFound(NONE_LOADED, param="model")
+        if len(self._loaded) > 1:
+            names = ", ".join(self._loaded)
+            raise ModelAmbiguous(f"several models are loaded, and none was named: {names}", param="model")
+        return next(iter(self._loaded.values()))
+
+    def empty_session(self) -> LocalSession:
+        """A session without a model, for what needs none."""
+        return LocalSession(None, store=self.store, runs_dir=self._settings.activations_dir)
 
     async def load(self, spec: LoadSpec, savepoints: tuple[SavepointSpec, ...] = ()) -> LoadedModel:
         """Load a model, or wait for the load of it that is under way; loaded again, it takes other savepoints.
@@ -135,6 +160,10 @@ class ModelRegistry:
         for name in list(self._loaded):
             await self.unload(name)
 
+    def _with_session(self, model: TracedModel, worker: ModelWorker, spec: LoadSpec) -> LoadedModel:
+        session = LocalSession(model, store=self.store, runs_dir=self._settings.activations_dir)
+        return LoadedModel(model, worker, session, spec)
+
     async def _load_once(self, name: str, spec: LoadSpec) -> LoadedModel:
         if name not in self._loading:
             self._loading[name] = (spec, asyncio.create_task(self._load(name, spec)))
@@ -158,7 +187,7 @@ class ModelRegistry:
         worker = ModelWorker(name, partial(load, spec), engine, settings.max_queue, self._metrics)
         try:
             model = await asyncio.wrap_future(worker.loaded)
-            entry = self._loaded[name] = LoadedModel(model, worker, spec)
+            entry = self._loaded[name] = self._with_session(model, worker, spec)
         finally:
             del self._loading[name]
         self._metrics.models_loaded.set(len(self._loaded))

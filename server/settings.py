@@ -97,6 +97,13 @@ class Settings(BaseSettings):
     activations_ttl: Annotated[Duration | None, BeforeValidator(_none_word)] = Field(
         None, description="Age at which a run is deleted: 90s, 30m, 12h, 7d or 2w; without it, runs are kept."
     )
+    store_dir: Path = Field(Path("/tmp/nnsight_store"), description="Folder of the samples that are attributed.")
+    store_ram: Bytes = Field(
+        ByteSize(4 * 1024**3), description="Most of the stored samples that is kept in memory as well."
+    )
+    max_tensor_bytes: Bytes = Field(
+        ByteSize(1024**3), description="Most that the tensors of requests may have, of all under way together."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="json (one object a line) or text; auto is text on a terminal and json elsewhere."

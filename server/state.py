@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from server.answers import Answer
+from server.bodies import TensorRoom
 from server.metrics import Metrics
 from server.registry import ModelRegistry
 from server.runs import RunStore
 from server.settings import Settings
+
+SERVER_FAILED = "the server failed on this request; its log has the reason"
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class State:
     metrics: Metrics
     registry: ModelRegistry
     runs: RunStore
+    room: TensorRoom
     started: float = field(default_factory=time.time)
 
     def count(self, answer: Answer, written: int) -> None:

@@ -64,7 +64,7 @@ class ModelWorker:
             QueueFull: they do.
         """
         if self.jobs_waiting >= self.max_queue:
-            raise QueueFull(f"{self.jobs_waiting} wait for {self.name!r} and the queue holds {self.max_queue}; try again")
+            raise QueueFull(f"{self.jobs_waiting} jobs wait for {self.name!r}, and no more than that may; try again")
 
     def add(self, sequences: list[Sequence]) -> None:
         """Queue the sequences of one request, all or none.

@@ -52,22 +52,4 @@ async def unload(request: Request, body: UnloadBody) -> dict[str, Any]:
 
 def describe(entry: LoadedModel) -> dict[str, Any]:
     """What a loaded model is."""
-    model = entry.model
-    return {
-        "model": model.id,
-        "model_type": model.model_type,
-        "revision": model.revision,
-        "points": model.family is not None,
-        "note": model.note,
-        "savepoints": [asdict(savepoint) for savepoint in entry.savepoints],
-        "n_layers": model.dimensions.n_layers,
-        "n_heads": model.dimensions.n_heads,
-        "n_kv_heads": model.dimensions.n_kv_heads,
-        "hidden_size": model.dimensions.d_model,
-        "window": model.dimensions.window,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "attn_implementation": model.attn_implementation,
-        "load_seconds": round(model.load_seconds, 3),
-        "memory_bytes": model.memory_bytes,
-    }
+    return entry.model.describe() | {"savepoints": [asdict(savepoint) for savepoint in entry.savepoints]}

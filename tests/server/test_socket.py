@@ -67,7 +67,7 @@ class Process:
 
 def _start(folder: Path) -> Process:
     model = str(save_tiny("qwen3", folder / "model", max_position_embeddings=100_000))
-    options = {"port": 0, "activations-dir": folder / "runs", "log-file": folder / "log", "log-format": "json"}
+    options = {"port": 0, "activations-dir": folder / "runs", "store-dir": folder / "store", "log-file": folder / "log", "log-format": "json"}
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     process = subprocess.Popen(
         [sys.executable, "-m", "server.cli", "serve", model, *arguments],

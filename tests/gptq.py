@@ -72,7 +72,9 @@ def save_gptq(
     folder: Path, family: str = "qwen2", *, stored: int = 1, label: str = "gptq", bits: int = 4, **how: Any
 ) -> Any:
     """Write a checkpoint with tensors of version `stored` under a label; returns its dense twin, in float32."""
-    model = tiny_model(family, **SIZES).half()
+    model = tiny_model(family, **SIZES).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half()
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     for name in [name for name in state if name.split(".")[-2] in PLACES and name.endswith(".weight")]:
         tensors, dense = pack_weight(state.pop(name).float(), bits, stored, **how)
@@ -93,7 +95,7 @@ def save_gptq(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     tiny_tokenizer().save_pretrained(folder)
-    return model.float().eval().requires_grad_(False)
+    return model.float()
 
 
 class RepackingKernel(torch.nn.Module):

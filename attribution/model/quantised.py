@@ -111,7 +111,11 @@ def installed(library: str) -> bool:
 
 
 def load_options(scheme: Scheme | None, source: str, dtype: str, on_cpu: bool, **options: Any) -> dict[str, Any]:
-    """What `from_pretrained` must be told beside what it reads in config.json."""
+    """What `from_pretrained` must be told beside what it reads in config.json.
+
+    Raises:
+        ModelLoadFailed: nf4 of a dtype of which it cannot be made.
+    """
     if scheme is None or (scheme.config and scheme.name != "gptq"):
         return {}
     if scheme.name == "gptq":
@@ -125,6 +129,8 @@ def load_options(scheme: Scheme | None, source: str, dtype: str, on_cpu: bool, *
     config, _ = PreTrainedConfig.get_config_dict(source, **options)
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     compute = getattr(torch, stored if dtype == "auto" else dtype)
+    if compute == torch.float64:
+        raise _refused(source, "bitsandbytes makes nf4 of float32, float16 and bfloat16; name one of them as dtype")
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
     return {"quantization_config": nf4}
 

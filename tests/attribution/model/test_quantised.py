@@ -100,6 +100,8 @@ def test_a_dense_checkpoint_has_no_scheme_unless_one_is_asked_for(
     config = load_options(nf4, source, "bfloat16", True)["quantization_config"]
     assert (config.bnb_4bit_quant_type, config.bnb_4bit_compute_dtype) == ("nf4", torch.bfloat16)
     assert load_options(nf4, source, "auto", True)["quantization_config"].bnb_4bit_compute_dtype == torch.float32
+    with pytest.raises(ModelLoadFailed, match="nf4 of float32, float16 and bfloat16; name one of them as dtype"):
+        load_options(nf4, source, "float64", True)
 
 
 @pytest.mark.parametrize(

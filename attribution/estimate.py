@@ -107,9 +107,10 @@ def _device_free(model: TracedModel) -> int:
     )
 
 
-def _readable(size: float) -> str:
+def _readable(size: int) -> str:
+    scaled = float(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
+        if scaled < 1024:
+            return f"{scaled:.4g} {unit}"
+        scaled /= 1024
+    return f"{scaled:.4g} TiB"

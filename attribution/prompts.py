@@ -19,7 +19,7 @@ Message = dict[str, Any]
 
 
 def _prompt(value: object) -> object:
-    known = isinstance(value, str | dict) or not hasattr(value, "__iter__")
+    known = isinstance(value, str | bytes | dict) or not hasattr(value, "__iter__")
     items = [] if known else list(value)  # type: ignore[call-overload]
     if isinstance(value, str) or (items and all(isinstance(item, dict) for item in items)):
         return value

@@ -50,7 +50,7 @@ def forward(
     if len(names) != 1:
         found = " and ".join(names) or "none"
         raise InvalidArgument(
-            f"one of prompt, messages, token_ids and run_id is expected; found {found}", param="prompt"
+            f"exactly one of prompt, messages, token_ids and run_id is expected; found {found}", param="prompt"
         )
     model = session.model
     if run_id is not None:

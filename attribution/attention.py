@@ -14,12 +14,12 @@ def hidden_edges(
 
 
 def attention_pattern(
-    q: Float[Tensor, "*rows query heads d_head"],
-    k: Float[Tensor, "*rows key heads d_head"],
+    q: Float[Tensor, "*#rows query heads d_head"],
+    k: Float[Tensor, "*#rows key heads d_head"],
     hidden: Bool[Tensor, "query key"],
     scaling: float,
     softcap: float | None,
-) -> Float[Tensor, "*rows heads query key"]:
+) -> Float[Tensor, "*#rows heads query key"]:
     """softmax(scaling · q kᵀ), through the softcap where there is one; q and k are turned (rotary) already.
 
     The softmax is computed in float32, as transformers' eager attention does, or in float64 when q is.

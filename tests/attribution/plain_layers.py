@@ -68,7 +68,7 @@ def record(model: Any, ids: list[int]) -> dict[str, Any]:
     """What the plain model computes: `pre` (L + 1 of them), `mid`, `z`, `attention` (the output of the output
     projection), `mlp` (what is added to the stream), each [1, position, ...] per layer, `calls` (how each
     attention was called) and `logits`."""
-    seen: dict[str, Any] = {name: [] for name in ("pre", "mid", "z", "attention", "mlp", "calls")}
+    seen: dict[str, Any] = {name: [] for name in ("pre", "mid", "z", "attention", "mlp")}
 
     def keep_input(name: str) -> Any:
         return lambda module, args: seen[name].append(args[0])
@@ -76,24 +76,36 @@ def record(model: Any, ids: list[int]) -> dict[str, Any]:
     def keep_output(name: str) -> Any:
         return lambda module, args, output: seen[name].append(output)
 
-    def keep_call(module: Any, args: Any, kwargs: Any) -> None:
-        seen["calls"].append({name: value for name, value in kwargs.items() if name != "hidden_states"})
-
     handles = [final_norm(model).register_forward_pre_hook(keep_input("pre"))]
     for layer in layers_of(model):
         handles += [
             layer.norm_in.register_forward_pre_hook(keep_input("pre")),
-            layer.attention.register_forward_pre_hook(keep_call, with_kwargs=True),
             layer.out_proj.register_forward_pre_hook(keep_input("z")),
             layer.out_proj.register_forward_hook(keep_output("attention")),
             layer.norm_mid.register_forward_pre_hook(keep_input("mid")),
             (layer.norm_mlp or layer.mlp).register_forward_hook(keep_output("mlp")),
         ]
-    with torch.no_grad(), eager(model):
+    with torch.no_grad():
         seen["logits"] = model(torch.tensor([ids]), use_cache=False).logits
     for handle in handles:
         handle.remove()
+    seen["calls"] = _calls(model, ids)
     return seen
+
+
+def _calls(model: Any, ids: list[int]) -> list[dict[str, Any]]:
+    """How the model calls each eager attention: all arguments but the hidden states."""
+    calls: list[dict[str, Any]] = []
+
+    def keep(module: Any, args: Any, kwargs: Any) -> None:
+        calls.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
+
+    handles = [layer.attention.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers_of(model)]
+    with torch.no_grad(), eager(model):
+        model(torch.tensor([ids]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return calls
 
 
 @contextmanager
@@ -127,12 +139,14 @@ def scale_of(norm: Any, x: Tensor) -> Tensor:
 
 
 def _freezing(norm: Any) -> Any:
-    """A patch under which `norm` keeps the scale of the first input that it meets."""
+    """A patch under which `norm` keeps the scale of the first input that it meets (and meets that as it is)."""
     scales: list[Tensor] = []
+    real = norm.forward
 
     def forward(x: Tensor) -> Tensor:
         if not scales:
             scales.append(scale_of(norm, x).detach())
+            return real(x)
         if isinstance(norm, torch.nn.LayerNorm):
             return (x - x.mean(-1, keepdim=True)) * scales[0] * norm.weight + norm.bias
         return x * scales[0] * (norm.weight + ("Gemma" in type(norm).__name__))

@@ -1,0 +1,62 @@
+"""Attribution of a model's answers: sessions, nodes and graphs. Names are imported when they are first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attribution.graph import Graph
+    from attribution.nodes import Node
+    from attribution.reduce import einsum, mr, topk_md
+    from attribution.result_files import load_results, save_results
+    from attribution.results import SampleRef, forward_results
+    from attribution.session import LocalSession
+    from attribution.unified import (
+        attribute_attn_weights,
+        attribute_residual,
+        attribute_step,
+        get_attn_weights,
+        get_head_output,
+        get_hidden_states,
+    )
+
+__all__ = [
+    "Graph",
+    "LocalSession",
+    "Node",
+    "SampleRef",
+    "attribute_attn_weights",
+    "attribute_residual",
+    "attribute_step",
+    "einsum",
+    "forward_results",
+    "get_attn_weights",
+    "get_head_output",
+    "get_hidden_states",
+    "load_results",
+    "mr",
+    "save_results",
+    "topk_md",
+]
+
+_NAMES = {
+    "graph": "Graph",
+    "nodes": "Node",
+    "reduce": "einsum mr topk_md",
+    "result_files": "load_results save_results",
+    "results": "SampleRef forward_results",
+    "session": "LocalSession",
+    "unified": "attribute_attn_weights attribute_residual attribute_step get_attn_weights get_head_output "
+    "get_hidden_states",
+}
+_MODULE_OF = {name: f"attribution.{module}" for module, names in _NAMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from the module that has it: the errors alone must not bring torch and transformers along."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'attribution' has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

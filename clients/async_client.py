@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Sequence
-from typing import Any, ParamSpec, Self, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import httpx
 
@@ -44,7 +44,7 @@ class AsyncModelClient:
         self._own = httpx.AsyncClient(**http_options(self.url, timeout)) if http_client is None else None
         self._http: Any = self._own or http_client
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> "AsyncModelClient":
         return self
 
     async def __aexit__(self, *_: object) -> None:

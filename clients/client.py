@@ -5,7 +5,7 @@ minutes. `timeout` bounds the seconds in which nothing comes. The environment's 
 """
 
 import time
-from typing import Any, Self
+from typing import Any
 
 import httpx
 
@@ -48,7 +48,7 @@ class ModelClient:
         self._own = httpx.Client(**http_options(self.url, timeout)) if http_client is None else None
         self._http: Any = self._own or http_client
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ModelClient":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from attribution.errors import GradientsRefused
 
 _WORD = 32
-_AT_ONCE = 2**26  # weights that are unpacked together: their codes take four bytes each for a moment
+_AT_ONCE = 2**24  # weights that are unpacked together: their codes take four bytes each for a moment
 _BITSANDBYTES = ("Params4bit", "Int8Params")
 
 

@@ -155,6 +155,12 @@ def test_of_asymmetric_zeros_no_label_can_be_judged(tmp_path: Path) -> None:
     check_label(*labelled(tmp_path, symmetric=False, label="gptq_v2"))
 
 
+def test_without_safetensors_files_no_label_can_be_judged(tmp_path: Path) -> None:
+    source, scheme, snapshot = labelled(tmp_path, label="gptq_v2")
+    (tmp_path / "model.safetensors").unlink()
+    check_label(source, scheme, snapshot)
+
+
 # files
 
 

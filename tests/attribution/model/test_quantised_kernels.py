@@ -137,7 +137,7 @@ def test_a_gptq_checkpoint_without_some_tensor_is_refused(gone: str, tmp_path: P
 
 def test_a_mislabelled_checkpoint_is_refused_on_loading(tmp_path: Path) -> None:
     save_gptq(tmp_path, stored=1, label="gptq_v2")
-    with pytest.raises(ModelLoadFailed, match="calls the format 'gptq_v2', but .* 0x77777777 of 'gptq'"):
+    with pytest.raises(ModelLoadFailed, match=r"calls the format 'gptq_v2', but .* 0x77777777 of 'gptq'"):
         load(LoadSpec(str(tmp_path)))
 
 

@@ -27,6 +27,7 @@
     ├── QueueFull                       429 queue_full
     ├── Cancelled                       499 cancelled
     ├── NotFinite                       500 not_finite
+    ├── LibraryMissing                  501 library_missing
     ├── ShuttingDown                    503 shutting_down
     ├── ServerUnreachable               503 server_unreachable (raised by clients)
     ├── OutOfMemory                     503 out_of_memory
@@ -231,6 +232,13 @@ class NotFinite(SightlineError):
     """The model computed NaN where a token was to be chosen: nothing that follows would mean anything."""
 
     code = "not_finite"
+
+
+class LibraryMissing(SightlineError):
+    """What was asked for needs a library that is not installed; the message names the extra that brings it."""
+
+    status = 501
+    code = "library_missing"
 
 
 class ShuttingDown(SightlineError):

@@ -105,7 +105,7 @@ def residual_attribution(
     for layer, z in zip(layers, all_z, strict=True):
         block = Block(model, layer)
         scores[layer, :-1] = _head_scores(block, z, grads.to(block.device)).cpu()
-        scores[layer, :-1] *= downstream.mask(layer)[:, None]
+        scores[layer, :-1] *= downstream.mask(float(layer))[:, None]
         scores[layer, -1] *= downstream.mask(layer + 0.5)[:, None]
     return scores
 
@@ -144,7 +144,7 @@ def residual_terms(model: TracedModel, sample: StoredSample, downstream: Downstr
         if block.o_bias is not None:
             scale = block.attn_write_scale(sample.read("z", layer, positions))
             written = block.o_bias.to(dtype) if scale is None else block.o_bias.to(dtype) * scale
-            bias[layer] = (grads * written.cpu()).sum((-1, -2)) * downstream.mask(layer)
+            bias[layer] = (grads * written.cpu()).sum((-1, -2)) * downstream.mask(float(layer))
     read = [_stream_at(model, sample, depth, positions).to(dtype) for depth in downstream.depths]
     total = torch.stack([(stream * grad).sum() for stream, grad in zip(read, grads, strict=True)])
     return ResidualTerms(torch.einsum("pe,gpe->g", entering, grads), bias, total)

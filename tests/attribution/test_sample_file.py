@@ -125,10 +125,11 @@ def test_a_file_that_is_replaced_or_deleted_is_never_read_by_an_old_header(store
     store.clear("set")
     with pytest.raises(SampleNotFound, match="deleted meanwhile"):
         sample.read("z", 0)
-    ActivationStore(store.root, 0).write("set", 0, MODEL, [1, 2], tensors(2))
-    with pytest.raises(StorageFailed, match="replaced"):
+    others = [5, 4, 3, 2, 1, 0]  # as many, so that every byte lies where it lay
+    ActivationStore(store.root, 0).write("set", 0, MODEL, others, tensors(6, seed=1))
+    with pytest.raises(StorageFailed, match="was replaced while"):
         sample.read("z", 0)
-    assert store.sample("set", 0, MODEL).token_ids == [1, 2]
+    assert store.sample("set", 0, MODEL).token_ids == others
 
 
 def rewritten(change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Callable[[bytes], bytes]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attribution.graph import Graph
+    from attribution.heads import cluster_heads, compute_js_matrix
     from attribution.nodes import Node
     from attribution.reduce import einsum, mr, topk_md
     from attribution.result_files import load_results, save_results
@@ -27,6 +28,8 @@ __all__ = [
     "attribute_attn_weights",
     "attribute_residual",
     "attribute_step",
+    "cluster_heads",
+    "compute_js_matrix",
     "einsum",
     "forward_results",
     "get_attn_weights",
@@ -40,6 +43,7 @@ __all__ = [
 
 _NAMES = {
     "graph": "Graph",
+    "heads": "cluster_heads compute_js_matrix",
     "nodes": "Node",
     "reduce": "einsum mr topk_md",
     "result_files": "load_results save_results",

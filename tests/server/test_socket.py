@@ -3,16 +3,9 @@
 import asyncio
 import http.client
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,71 +17,15 @@ from openai import AsyncOpenAI, OpenAI
 
 from tests.attribution.plain import distance, watch
 from tests.models import save_tiny
+from tests.server.process import KEY, Process, start
 from tests.server.support import HELLO, HELLO_TEXT, encode, plain, plain_greedy, wait_until
-
-KEY = "socket-key"
-
-
-@dataclass(frozen=True)
-class Process:
-    """A running server, where it is, what it serves, and where it writes."""
-
-    process: subprocess.Popen[str]
-    url: str
-    model: str
-    runs: Path
-    log: Path
-
-    def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
-
-    def get(self, path: str) -> str:
-        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=30)
-        connection.request("GET", path, headers={"X-Api-Key": KEY})
-        text = connection.getresponse().read().decode()
-        connection.close()
-        return text
-
-    def steps(self) -> float:
-        """How many steps the model has taken."""
-        found = re.search(r"sightline_step_seconds_count\{.*\} (\S+)", self.get("/metrics"))
-        return float(found[1]) if found else 0.0
-
-    def idle(self) -> bool:
-        before = self.steps()
-        time.sleep(0.2)
-        return self.steps() == before
-
-    def requests(self) -> list[dict[str, Any]]:
-        """The lines of the log about requests."""
-        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
-        return [line for line in lines if line["message"] == "request"]
-
-
-def _start(folder: Path) -> Process:
-    model = str(save_tiny("qwen3", folder / "model", max_position_embeddings=100_000))
-    options = {"port": 0, "activations-dir": folder / "runs", "store-dir": folder / "store", "log-file": folder / "log", "log-format": "json"}
-    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "server.cli", "serve", model, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {"SIGHTLINE_API_KEY": KEY, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
-    timer = threading.Timer(120, process.kill)
-    timer.start()
-    url = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
-    timer.cancel()
-    assert url, "the server did not start"
-    return Process(process, url[0], model, folder / "runs", folder / "log")
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """One server for this file, stopped by its own process id."""
-    started = _start(tmp_path_factory.mktemp("socket"))
+    folder = tmp_path_factory.mktemp("socket")
+    started = start(folder, str(save_tiny("qwen3", folder / "model", max_position_embeddings=100_000)))
     yield started
     started.process.terminate()
     try:
@@ -229,7 +166,7 @@ def test_each_request_is_one_line_of_the_log_file(real: Process):
 
 @pytest.mark.slow
 def test_a_server_that_is_told_to_stop_ends_an_endless_stream_and_stops(tmp_path: Path):
-    started = _start(tmp_path)
+    started = start(tmp_path, str(save_tiny("qwen3", tmp_path / "model", max_position_embeddings=100_000)))
     try:
         with started.client() as client:
             stream = client.chat.completions.create(

@@ -28,6 +28,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY puzzles puzzles
 COPY attribution attribution
 COPY server server
+COPY clients clients
 RUN pip install -c constraints.txt .
 
 # The container listens on every address, so it asks for SIGHTLINE_API_KEY and does not start without one.

@@ -6,13 +6,13 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import httpx
 
+from attribution.envelope import Packed
 from attribution.operation import Operation
 from attribution.operations import getters, gradients, samples, scores
 from attribution.progress import shown
 from attribution.results import batch_arguments, refer
 from clients.options import check, checked_url, http_options, key_headers, load_body, moved, only_model
 from clients.wire import RETRIES, Call, Exchange, call_of, get, post, status_path
-from attribution.envelope import Packed
 
 P = ParamSpec("P")
 R = TypeVar("R")

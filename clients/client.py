@@ -1,7 +1,8 @@
 """`ModelClient`: a session that runs on a server.
 
 Connecting may take 10 seconds; after that the client waits for as long as it takes, as one piece of work may last
-minutes. `timeout` bounds the seconds in which nothing comes. The environment's proxies are not used to reach this machine.
+minutes. `timeout` bounds the seconds in which nothing comes. Proxies of the environment are not used to reach this
+machine.
 """
 
 import time

@@ -232,7 +232,9 @@ def _unreachable(url: str, call: Call, failure: httpx.TransportError, progress: 
     if isinstance(failure, httpx.TimeoutException):
         return ServerUnreachable(f"{url} sent nothing of {call.name} for as long as timeout allows; timeout=None waits")
     done = "" if progress is None else f" after {progress.done} of {progress.total}"
-    again = "call it again: what it stored is kept, and skipped then" if call.safe else "it may have been carried out"
+    again = "it can be called again" if call.safe else "it may have been carried out"
+    if progress is not None and call.safe:
+        again += ": samples that are stored by now are not run again"
     return ServerUnreachable(f"the connection to {url} broke off{done} of {call.name} ({reason}); {again}")
 
 

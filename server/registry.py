@@ -206,6 +206,6 @@ class ModelRegistry:
 
 
 def _differences(there: LoadSpec, asked: LoadSpec) -> str:
-    fields = ("device_map", "dtype", "attn_implementation", "revision")
+    fields = ("device_map", "dtype", "attn_implementation", "revision", "quantization")
     changed = [f"{name}={getattr(there, name)!r}" for name in fields if getattr(there, name) != getattr(asked, name)]
     return ", ".join(changed) or "other options"

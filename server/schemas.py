@@ -256,6 +256,7 @@ class LoadBody(Strict):
     dtype: str = "auto"
     revision: str | None = None
     attn_implementation: str | None = None
+    quantization: Literal["gptq", "nf4", "int8"] | None = None
     savepoints: Annotated[list[SavepointBody], Field(max_length=64)] = Field(default_factory=list)
 
 

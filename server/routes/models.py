@@ -34,6 +34,7 @@ async def load(request: Request, body: LoadBody) -> dict[str, Any]:
         dtype=body.dtype,
         attn_implementation=body.attn_implementation,
         revision=body.revision,
+        quantization=body.quantization,
         trust_remote_code=state.settings.trust_remote_code,
     )
     entry = await state.registry.load(spec, tuple(savepoint.spec() for savepoint in body.savepoints))

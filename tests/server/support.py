@@ -106,8 +106,7 @@ _EXTRA = "top_k min_p repetition_penalty ignore_eos store_activations savepoints
 @contextmanager
 def serve(folder: Path, *, key: str = "x", **settings: Any) -> Iterator[Served]:
     """A server with these settings, its runs below `folder`."""
-    settings = {"store_dir": folder / "store"} | settings
-    app = create_app(Settings(activations_dir=folder / "runs", **settings))
+    app = create_app(Settings(**{"store_dir": folder / "store", "activations_dir": folder / "runs"} | settings))
     with TestClient(app, raise_server_exceptions=False) as http:
         client = OpenAI(base_url="http://testserver/v1", api_key=key, http_client=http, max_retries=0)
         yield Served(app, http, client, folder / "runs")

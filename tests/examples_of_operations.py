@@ -1,0 +1,124 @@
+"""A call of every operation, and calls that it refuses; what `test_local_remote` runs on both sides.
+
+A new operation takes three lines here: its name, the arguments, and what of them can be wrong.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.models import D_MODEL, N_HEADS, N_LAYERS
+
+DATASET, LENGTHS = "set", (11, 8, 13)
+PROMPTS = [[(7 * length + 3 * at) % 250 for at in range(length)] for length in LENGTHS]
+
+
+@dataclass(frozen=True)
+class Example:
+    """Arguments that work; each of `bad` changes some of them into a call that is refused.
+
+    `varies`: keys of the result that no two calls share.
+    """
+
+    arguments: dict[str, Any]
+    bad: tuple[dict[str, Any], ...] = ()
+    varies: tuple[str, ...] = ()
+
+
+def grads(*shape: int) -> Tensor:
+    return torch.randn(*shape, D_MODEL, generator=torch.Generator().manual_seed(0))
+
+
+ABSENT: tuple[dict[str, Any], ...] = (
+    {"dataset_id": "absent"},
+    {"dataset_id": "not a name"},
+    {"sample_id": 99},
+    {"sample_id": -1},
+    {"sample_id": 1.5},
+)
+LAYER: tuple[dict[str, Any], ...] = ({"layer": N_LAYERS + 1}, {"layer": True}, {"layer": "0"})
+POSITIONS: tuple[dict[str, Any], ...] = ({"pos_ids": [LENGTHS[0]]}, {"pos_ids": [2, 2]}, {"pos_ids": []})
+
+SAMPLE = {"dataset_id": DATASET, "sample_id": 0}
+AT = SAMPLE | {"layer": 1, "pos_ids": [4, 2, 9]}
+HEAD = AT | {"head": 5}
+ANSWER = {"labels": [5, 6, 7], "candidate_ids": [4, 5, 6, 7]}
+NODE = HEAD | {"node_type": "attn_v", "output_grad": grads(1, 3), "src_pos_ids": [0, 1]}
+RESIDUAL = SAMPLE | {"pos_ids": [4, 2, 9], "downstream_grads": grads(2, 1, 3), "downstream_layers": [2, 2.5]}
+BAD_NODE = (
+    *ABSENT,
+    *LAYER,
+    {"node_type": "attn_x"},
+    {"head": N_HEADS},
+    {"output_grad": grads(1, 2)},
+    {"output_grad": None},
+    {"output_grad": [1.0]},
+    {"rule": "trapezoid"},
+    {"steps": -1},
+)
+
+EXAMPLES: dict[str, Example] = {
+    "forward": Example(
+        SAMPLE | {"sample_id": "new", "prompt": "Hello there"},
+        (
+            {"prompt": None},
+            {"prompt": ""},
+            {"token_ids": [1]},
+            {"prompt": None, "token_ids": [100_000]},
+            {"prompt": None, "run_id": "0" * 32},
+            {"prompt": None, "token_ids": [1] * 500},
+            {"sample_id": 0},
+        ),
+    ),
+    "batch_forward": Example(
+        {"dataset_id": "many", "prompts": ["one", "and two", PROMPTS[0]], "sample_ids": [3, "b", 1]},
+        ({"sample_ids": [1]}, {"sample_ids": [1, 1, 2]}, {"prompts": []}, {"prompts": ["a", [], "c"]}, {"prompts": 7}),
+    ),
+    "estimate_memory": Example({"prompts": ["one", "two"]}, ({"prompts": [""]},), ("disk_free", "memory_available")),
+    "list_cached_samples": Example({"dataset_id": DATASET}, ({"dataset_id": "absent"}, {"dataset_id": "../x"})),
+    "clear_cache": Example({"dataset_id": "gone"}, ({"dataset_id": "absent"}, {"dataset_id": ".."}), ("bytes",)),
+    "clear_all_cache": Example({}, (), ("bytes",)),
+    "empty_cuda_cache": Example({}),
+    "get_hidden_states": Example(AT, (*ABSENT, *LAYER, *POSITIONS)),
+    "get_attn_weights": Example(HEAD, (*ABSENT, *LAYER, *POSITIONS, {"head": N_HEADS})),
+    "get_attn_weights_batch": Example(
+        {"dataset_id": DATASET, "sample_ids": [0, 2], "layer": 1, "head": 5, "pos_ids": [4, 2]},
+        ({"sample_ids": [0, 99]}, {"sample_ids": []}, {"pos_ids": [50]}, {"head": -1}),
+    ),
+    "get_head_output": Example(HEAD, (*ABSENT, *LAYER, *POSITIONS, {"head": N_HEADS})),
+    "get_attn_output": Example(AT, (*ABSENT, *LAYER, *POSITIONS)),
+    "get_mlp_output": Example(AT, (*ABSENT, *LAYER, *POSITIONS)),
+    "compute_node_gradient": Example(NODE, BAD_NODE),
+    "node_gradient_report": Example(
+        SAMPLE | ANSWER | {"node_type": "lm_head", "layer": N_LAYERS, "pos_ids": [1, 2, 3], "sample_id": None},
+        ({"labels": [5, 6]}, {"labels": [5, 6, 99]}, {"labels": None}, {"candidate_ids": [5, 5]}),
+    ),
+    "compute_node_gradient_batch": Example(
+        {"dataset_id": DATASET, "sample_ids": [2, 0], "output_grads": grads(2, 1, 3)}
+        | {"node_type": "mlp_i", "layer": 2, "pos_ids": [1, 2, 3], "steps": 0},
+        ({"output_grads": grads(1, 1, 3)}, {"output_grads": [1]}, {"sample_ids": []}, {"sample_ids": [2, 98]}),
+    ),
+    "attribute_residual": Example(
+        RESIDUAL,
+        (*ABSENT, *POSITIONS, {"downstream_layers": [2]}, {"from_layer": 9}, {"downstream_grads": grads(2, 2)}),
+    ),
+    "attribute_residual_terms": Example(RESIDUAL, (*ABSENT, {"to_layer": 7}, {"downstream_layers": ["x", 1]})),
+    "attribute_attn_weights": Example(
+        HEAD | {"downstream_grads": [grads(1, 3), grads(1, 3) * 2]},
+        (*ABSENT, *LAYER, *POSITIONS, {"head": N_HEADS}, {"downstream_grads": []}),
+    ),
+    "ablate": Example(
+        SAMPLE | ANSWER | {"heads": [(0, 1), (2, 5)], "mlps": [1], "mode": "mean", "pos_ids": [1, 2, 3]},
+        (*ABSENT, {"heads": [(0, N_HEADS)]}, {"heads": [0]}, {"mlps": [N_LAYERS]}, {"mode": "noise"}, {"labels": [5]}),
+    ),
+}
+
+
+def store_samples(forward: Callable[..., Any]) -> None:
+    """What the examples read, and what those that delete delete."""
+    for number, tokens in enumerate(PROMPTS):
+        forward(DATASET, number, token_ids=tokens)
+    forward("gone", 0, token_ids=PROMPTS[0])

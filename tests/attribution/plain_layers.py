@@ -66,8 +66,7 @@ def final_norm(model: Any) -> Any:
 
 def record(model: Any, ids: list[int]) -> dict[str, Any]:
     """What the plain model computes: `pre` (L + 1 of them), `mid`, `z`, `attention` (the output of the output
-    projection), `mlp` (what is added to the stream), each [1, position, ...] per layer, `calls` (how each
-    attention was called) and `logits`."""
+    projection), `mlp` (what is added to the stream), each [1, position, ...] per layer; `logits` and `ids`."""
     seen: dict[str, Any] = {name: [] for name in ("pre", "mid", "z", "attention", "mlp")}
 
     def keep_input(name: str) -> Any:
@@ -89,8 +88,7 @@ def record(model: Any, ids: list[int]) -> dict[str, Any]:
         seen["logits"] = model(torch.tensor([ids]), use_cache=False).logits
     for handle in handles:
         handle.remove()
-    seen["calls"] = _calls(model, ids)
-    return seen
+    return seen | {"ids": ids}
 
 
 def _calls(model: Any, ids: list[int]) -> list[dict[str, Any]]:
@@ -164,6 +162,7 @@ def attention_path(
     `held` then contains. With `varies="pattern"` it is the pattern that varies: `held["pattern"]` is a leaf.
     """
     layer, code = layers_of(model)[index], sys.modules[type(model).__module__]
+    call = _calls(model, seen["ids"])[index]
     real, actual = code.eager_attention_forward, {} if held is None else held
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -182,7 +181,7 @@ def attention_path(
 
     def write(x: Tensor) -> Tensor:
         constant = bias(layer) if actual else 0  # the post-norm freezes at the whole output, bias included
-        out = layer.attention(hidden_states=layer.norm_in(x), **seen["calls"][index])[0] - constant
+        out = layer.attention(hidden_states=layer.norm_in(x), **call)[0] - constant
         return layer.norm_attention(out) if layer.norm_attention else out
 
     own_norms = [getattr(layer.attention, name, None) for name in ("q_norm", "k_norm")]

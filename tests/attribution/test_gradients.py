@@ -46,7 +46,7 @@ def question(family: str, node: str, layer: int = 2) -> dict[str, Any]:
     return given | {"output_grad": random_grad(1, len(POSITIONS))}
 
 
-def expected(family: str, dtype: str = "float32", sample: int = 0, **arguments: Any) -> dict[str, Any]:
+def expected(family: str, arguments: dict[str, Any], dtype: str = "float32", sample: int = 0) -> dict[str, Any]:
     return reference_gradient(plain_model(family, dtype), PROMPTS[sample], **arguments)
 
 
@@ -56,7 +56,7 @@ def test_gradients_are_those_of_autograd_by_every_rule(session_of: Sessions, fam
         given: dict[str, Any] = question(family, node, layer % N_LAYERS) | rule
         found = ask(session_of(family), compute_node_gradient, **given)
         assert found.dtype == torch.float32
-        assert distance(found, expected(family, **given)["gradient"]) < LIMITS["float32"], rule
+        assert distance(found, expected(family, given)["gradient"]) < LIMITS["float32"], rule
 
 
 @pytest.mark.parametrize(("family", "node"), NODES_OF)
@@ -65,7 +65,7 @@ def test_a_float64_model_gives_float64_gradients(session_of: Sessions, family: s
         given = question(family, node) | rule
         found = ask(session_of(family, "float64"), compute_node_gradient, **given)
         assert found.dtype == torch.float64
-        assert distance(found, expected(family, "float64", **given)["gradient"]) < LIMITS["float64"], rule
+        assert distance(found, expected(family, given, "float64")["gradient"]) < LIMITS["float64"], rule
 
 
 @pytest.mark.parametrize("node", ["attn_k", "attn_v", "attn_a"])
@@ -73,7 +73,7 @@ def test_a_float64_model_gives_float64_gradients(session_of: Sessions, family: s
 def test_sources_are_the_positions_of_the_result(session_of: Sessions, family: str, node: str) -> None:
     given: dict[str, Any] = question(family, node) | {"src_pos_ids": SOURCES}
     found = ask(session_of(family), compute_node_gradient, **given)
-    assert distance(found, expected(family, **given)["gradient"]) < LIMITS["float32"]
+    assert distance(found, expected(family, given)["gradient"]) < LIMITS["float32"]
     assert bool((found[0, 1] == 0).all())  # no query sees it
     assert bool((found[0, 2] != 0).any())
 
@@ -85,7 +85,7 @@ def test_without_a_head_all_heads_come_at_once(session_of: Sessions, family: str
     found = ask(session_of(family), compute_node_gradient, **given | {"head": None})
     assert found.shape == (N_HEADS, len(POSITIONS), D_MODEL)
     for head in range(N_HEADS):
-        one = expected(family, **given | {"head": head})["gradient"]
+        one = expected(family, given | {"head": head})["gradient"]
         assert distance(found[head], one[0]) < LIMITS["float32"], head
 
 
@@ -99,7 +99,7 @@ def test_without_positions_the_node_writes_everywhere(session_of: Sessions, fami
         "output_grad": random_grad(1, len(everywhere)),
     }
     found = ask(session_of(family), compute_node_gradient, **given)
-    assert distance(found, expected(family, pos_ids=everywhere, **given)["gradient"]) < LIMITS["float32"]
+    assert distance(found, expected(family, given | {"pos_ids": everywhere})["gradient"]) < LIMITS["float32"]
 
 
 @pytest.mark.parametrize("layer", [N_LAYERS - 1, N_LAYERS])
@@ -107,7 +107,7 @@ def test_without_positions_the_node_writes_everywhere(session_of: Sessions, fami
 def test_the_logits_are_scored_among_the_vocabulary_too(session_of: Sessions, family: str, layer: int) -> None:
     given: dict[str, Any] = {"node_type": "lm_head", "layer": layer, "pos_ids": POSITIONS, "labels": [17, 200, 17]}
     found = ask(session_of(family), node_gradient_report, **given)
-    oracle = expected(family, head=0, **given)
+    oracle = expected(family, given | {"head": 0})
     assert distance(found["gradient"], oracle["gradient"]) < LIMITS["float32"]
     assert found["objective"] == pytest.approx(oracle["objective"], rel=1e-5)
 
@@ -119,7 +119,7 @@ def test_the_report_says_how_complete_the_gradient_is(session_of: Sessions, fami
         given["src_pos_ids"] = SOURCES  # which do not enter the error
     for dtype in ("float32", "float64"):
         report = ask(session_of(family, dtype), node_gradient_report, **given)
-        oracle = expected(family, dtype, **given)
+        oracle = expected(family, given, dtype)
         assert set(report) == {"gradient", "objective", "objective_at_zero", "completeness_error", "steps"}
         assert distance(report["gradient"], oracle["gradient"]) < LIMITS[dtype]
         assert report["steps"] == (0 if node == "attn_a" else 3)
@@ -137,8 +137,8 @@ def test_auto_takes_as_many_steps_as_the_error_needs(session_of: Sessions, famil
     steps = report["steps"]
     assert steps in (4, 8, 16, 32, 64)
     assert report["completeness_error"] < 1e-3 or steps == 64
-    assert steps == 4 or expected(family, **given | {"steps": steps // 2})["completeness_error"] > 0.99e-3
-    assert distance(report["gradient"], expected(family, **given | {"steps": steps})["gradient"]) < LIMITS["float32"]
+    assert steps == 4 or expected(family, given | {"steps": steps // 2})["completeness_error"] > 0.99e-3
+    assert distance(report["gradient"], expected(family, given | {"steps": steps})["gradient"]) < LIMITS["float32"]
     alone = ask(session_of(family), compute_node_gradient, **given | {"steps": "auto"})
     assert torch.equal(alone, report["gradient"])
 
@@ -169,11 +169,12 @@ def _is_complete(session: LocalSession, nodes: list[str], x: torch.Tensor, given
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_dataset_gives_the_mean_over_its_samples(session_of: Sessions, family: str) -> None:
     grad, samples = random_grad(1, 2), range(len(PROMPTS))
-    for given in (
+    questions: list[dict[str, Any]] = [
         {"node_type": "attn_q", "layer": 0, "head": 1, "pos_ids": [7, 3], "output_grad": grad},
         {"node_type": "lm_head", "layer": N_LAYERS, "head": 0, "pos_ids": [7, 3], "labels": [1, 2]},
-    ):
-        oracles = [expected(family, sample=sample, **given) for sample in samples]
+    ]
+    for given in questions:
+        oracles = [expected(family, given, sample=sample) for sample in samples]
         report = ask(session_of(family), node_gradient_report, sample_id=None, **given)
         mean = torch.stack([one["gradient"] for one in oracles]).mean(0)
         assert distance(report["gradient"], mean) < LIMITS["float32"]
@@ -186,15 +187,16 @@ def test_a_dataset_gives_the_mean_over_its_samples(session_of: Sessions, family:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_has_a_gradient_or_labels_for_each_sample(session_of: Sessions, family: str) -> None:
-    grads, given = random_grad(2, 1, 2), {"node_type": "mlp_i", "layer": 1, "pos_ids": [7, 3]}
+    grads = random_grad(2, 1, 2)
+    given: dict[str, Any] = {"node_type": "mlp_i", "layer": 1, "pos_ids": [7, 3]}
     found = ask(session_of(family), compute_node_gradient_batch, sample_ids=[2, 1], output_grads=list(grads), **given)
     assert found.shape == (2, 1, 2, D_MODEL)
     for row, sample in enumerate([2, 1]):
-        oracle = expected(family, sample=sample, head=N_HEADS, output_grad=grads[row], **given)
+        oracle = expected(family, given | {"head": N_HEADS, "output_grad": grads[row]}, sample=sample)
         assert distance(found[row], oracle["gradient"]) < LIMITS["float32"]
     given: dict[str, Any] = {"node_type": "lm_head", "layer": N_LAYERS, "pos_ids": [7, 3], "candidate_ids": [5, 6, 8]}
     found = ask(session_of(family), compute_node_gradient_batch, sample_ids=[1, 0], labels=[[5, 8], [6, 6]], **given)
-    oracle = expected(family, sample=0, head=0, labels=[6, 6], **given)
+    oracle = expected(family, given | {"head": 0, "labels": [6, 6]})
     assert distance(found[1], oracle["gradient"]) < LIMITS["float32"]
     given = {"node_type": "attn_v", "layer": 2, "pos_ids": [7, 3], "output_grads": list(grads)}
     found = ask(session_of(family), compute_node_gradient_batch, sample_ids=[2, 1], **given)

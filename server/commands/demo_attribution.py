@@ -9,6 +9,7 @@
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from rich.console import Console
 from torch import Tensor
@@ -25,6 +26,14 @@ DATASET = "demo"
 Heads = list[tuple[int, int]]
 
 
+class Scored(TypedDict):
+    """The arguments by which operations know the cell."""
+
+    pos_ids: list[int]
+    labels: list[int]
+    candidate_ids: list[int]
+
+
 @dataclass(frozen=True)
 class Cell:
     """One cell of the answer: its place in the grid, the token that predicts it, its colour and the five candidates."""
@@ -37,8 +46,8 @@ class Cell:
     candidates: list[int]
 
     @property
-    def scored(self) -> dict[str, list[int]]:
-        """The arguments by which operations know the cell."""
+    def scored(self) -> Scored:
+        """Its place and colour, as operations take them."""
         return {"pos_ids": [self.query], "labels": [self.label], "candidate_ids": self.candidates}
 
 
@@ -49,9 +58,7 @@ def explain(console: Console, url: str, run_id: str, prompt_tokens: int, puzzle:
         cell = _changed_cell(puzzle, stored["tokens"], stored["token_ids"], prompt_tokens)
         layers = client.status()["n_layers"]
         report = client.node_gradient_report(DATASET, run_id, "lm_head", layers, **cell.scored, steps=16)
-        scores = client.attribute_residual(
-            DATASET, run_id, cell.scored["pos_ids"], [report["gradient"]], [float(layers)]
-        )
+        scores = client.attribute_residual(DATASET, run_id, [cell.query], [report["gradient"]], [float(layers)])
         scores = scores[..., 0]
         console.print(
             f"[bold]5.[/] Which parts of the model wrote the cell in row {cell.row + 1}, column {cell.column + 1} "

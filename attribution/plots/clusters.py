@@ -10,6 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
+from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import leaves_list
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from attribution.heads import Head
 from attribution.plots.style import AMOUNT, COLOURS, OTHERS, every
 
 _NAMED = 64  # leaves that have room for a name
+_TO_SPEAK_OF = 0.05  # of the largest mean
 
 
 def dendrogram(
@@ -62,6 +64,9 @@ def dendrogram(
     _draw_tree(tree, linkage, heads, colours)
     if threshold is not None:
         tree.axhline(threshold, linestyle="--", color="black", linewidth=0.8)
+        tree.annotate(
+            f"cut at {threshold:g}", (1, threshold), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+        )
         tree.set_ylim(0, 1.1 * max(threshold, *np.asarray(linkage)[:, 2], 1e-9))
     tree.set_title(title)
     names = dict(zip(map(tuple, groups), labels or [""] * len(groups), strict=True))
@@ -90,7 +95,8 @@ def _draw_tree(axes: Axes, linkage: np.ndarray, heads: Sequence[Head], colours: 
             tick.set_color(colour[leaf])
     else:
         axes.set_xticks([])
-    axes.set(xlim=(-0.7, count - 0.3), ylabel="distance (nats)", xlabel=f"{count} heads (layer.head)")
+    axes.set(xlim=(-0.7, count - 0.3), ylabel="distance (nats)")
+    axes.set_xlabel("layer.head" if count <= _NAMED else f"{count} heads")
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -107,14 +113,29 @@ def _draw_means(
         mean = torch.stack([patterns[head].detach().cpu().double() for head in group]).mean(0)
         means.append(mean.flatten(0, -3).mean(0) if mean.dim() > 2 else mean)
     largest = max(float(mean.max()) for mean in means)
+    first, last = _looked_at(torch.stack(means), largest)
     colours = ScalarMappable(Normalize(0, largest), AMOUNT)
     for number, (axes, (group, name), mean) in enumerate(zip(places, groups, means, strict=True)):
-        axes.imshow(mean.numpy(), cmap=AMOUNT, vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
+        queries = len(mean)
+        axes.imshow(
+            mean[:, first : last + 1].numpy(),
+            cmap=AMOUNT,
+            vmin=0,
+            vmax=largest,
+            aspect="auto",
+            extent=(first - 0.5, last + 0.5, queries - 0.5, -0.5),
+        )
         heads = "1 head" if len(group) == 1 else f"{len(group)} heads"
         axes.set_title(f"{heads}\n{name}".strip().replace("$", r"\$"), fontsize=8, color=COLOURS[number])
         axes.set_xlabel("key", fontsize=8)
-        axes.set_xticks(range(0, mean.shape[1], every(mean.shape[1], 5)))
-        axes.set_yticks(range(0, mean.shape[0], every(mean.shape[0], 8)))
+        axes.set_yticks(range(0, queries, every(queries, 8)))
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.tick_params(labelsize=7)
     places[0].set_ylabel("query", fontsize=8)
     figure.colorbar(colours, ax=list(places), label="mean attention")
+
+
+def _looked_at(means: Float[Tensor, "group query key"], largest: float) -> tuple[int, int]:
+    """The first and the last key that any group looks at to speak of: the others would only take room."""
+    keys = (means.amax((0, 1)) >= _TO_SPEAK_OF * largest).nonzero().flatten()
+    return int(keys[0]), int(keys[-1])

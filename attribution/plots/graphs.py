@@ -13,10 +13,10 @@ from attribution import checks
 from attribution.errors import InvalidArgument
 from attribution.plots.style import COLOURS, limit_of, numbers, readable
 
-PlainNode = tuple[str, float, float]
+PlainNode = tuple[str, int | float, int | float]
 """(label, depth, column): attention of layer ℓ is at depth ℓ, its MLP at ℓ + ½; columns order the nodes of a depth."""
 
-PlainEdge = tuple[int, int, float]
+PlainEdge = tuple[int, int, int | float]
 """(from, to, score): two nodes, counted in the list of nodes, and what flows from the one to the other."""
 
 _POSITIVE, _NEGATIVE = COLOURS[0], COLOURS[1]
@@ -48,7 +48,7 @@ def graph_picture(
                 param="edges",
             )
     places, depths, widest = _places(nodes)
-    size = (min(24.0, 3.0 + 0.95 * widest), min(30.0, 2.0 + 0.75 * len(depths)))
+    size = (min(24.0, max(6.5, 3.0 + 0.95 * widest)), min(30.0, 2.0 + 0.75 * len(depths)))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     if edges:
@@ -59,7 +59,7 @@ def graph_picture(
         axes.text(x, y, readable(label).replace("·", " "), ha="center", va="center", fontsize=font, bbox=box, zorder=3)
     axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
     axes.set(
-        xlim=(-0.6, widest - 0.4), ylim=(-0.6, len(depths) - 0.4), ylabel="depth (layer; its MLP at ½)", title=title
+        xlim=(-0.9, widest - 0.1), ylim=(-0.6, len(depths) - 0.4), ylabel="depth (layer; its MLP at ½)", title=title
     )
     axes.set_xticks([])
     for side in ("top", "right", "bottom"):
@@ -67,9 +67,9 @@ def graph_picture(
     return figure
 
 
-def _places(nodes: Sequence[PlainNode]) -> tuple[list[tuple[float, float]], list[float], int]:
+def _places(nodes: Sequence[PlainNode]) -> tuple[list[tuple[float, float]], list[int | float], int]:
     """Where each node goes (a row per depth, centred, evenly spaced), the depths, and the length of the widest row."""
-    rows: dict[float, list[int]] = defaultdict(list)
+    rows: dict[int | float, list[int]] = defaultdict(list)
     for number, (_, depth, _) in enumerate(nodes):
         rows[depth].append(number)
     widest, depths = max(len(row) for row in rows.values()), sorted(rows)
@@ -85,8 +85,8 @@ def _draw_edges(axes: Axes, places: Sequence[tuple[float, float]], edges: Sequen
     largest = limit_of(numbers("edges", [score for *_, score in edges]))
     for source, target, score in sorted(edges, key=lambda edge: abs(edge[2])):
         (x, low), (to_x, high) = places[source], places[target]
-        # an edge that skips rows swings around the nodes between
-        bend = 0.0 if high - low == 1 else 0.12 if to_x >= x else -0.12
+        # an edge that skips rows swings around the nodes between, by as much however long it is
+        bend = 0.0 if high - low == 1 else min(0.2, 1.2 / (high - low)) * (1 if to_x >= x else -1)
         axes.add_patch(
             FancyArrowPatch(
                 (x, low),
@@ -108,8 +108,8 @@ def _draw_edges(axes: Axes, places: Sequence[tuple[float, float]], edges: Sequen
 
 
 def curves(
-    x: Sequence[float],
-    ys: Mapping[str, Sequence[float] | Sequence[Sequence[float]]],
+    x: Sequence[int | float],
+    ys: Mapping[str, Sequence[int | float] | Sequence[Sequence[int | float]]],
     title: str,
     *,
     x_label: str = "heads kept",

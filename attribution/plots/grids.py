@@ -18,7 +18,9 @@ from puzzles.puzzle import Grid, GridRanges, Puzzle
 
 _FILL = {"K": "#333333", "B": "#3B6FD4", "G": "#3FA34D", "R": "#D1423A", "Y": "#F2CF45"}
 _LETTER = {"K": "white", "B": "white", "G": "black", "R": "white", "Y": "black"}
+_FRAME = "#E040FB"  # no colour of a cell
 _CELL = 0.42  # inches
+_SEEN = 0.003  # of the largest disc: what is smaller would be a dot
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,14 @@ def grid_attention(
     masses = [_cells(mass, panel.ranges) for panel in panels]
     largest = max(float(one.max()) for one in masses)
     rows, columns = puzzle.shape
-    across = -(-len(puzzle.examples) // 2) + 1
+    across = -(-len(panels) // 4)  # pairs of grids, in two rows
     figure = Figure(
-        figsize=(across * 2 * (columns + 0.9) * _CELL, 2 * (rows + 1.6) * _CELL + 1.0), layout="constrained"
+        figsize=(across * 2 * (columns + 0.9) * _CELL, 2 * (rows + 1.3) * _CELL + 0.9), layout="constrained"
     )
     places = figure.subplots(2, across * 2, squeeze=False)
     for axes in places.flat:
         axes.axis("off")
-    order = _placed(places, len(puzzle.examples))
+    order = [cast(Axes, places[pair % 2, pair // 2 * 2 + side]) for pair in range(len(panels) // 2) for side in (0, 1)]
     for axes, panel, cells in zip(order, panels, masses, strict=True):
         _draw(axes, panel, cells / (largest or 1), queries)
         axes.set_title(f"{panel.name}\n{cells.sum() / mass.sum():.0%}", fontsize=9)
@@ -112,14 +114,6 @@ def _panels(puzzle: Puzzle) -> list[_Panel]:
     return [*found, test, _Panel("answer", puzzle.test_output, puzzle.ranges.answer)]
 
 
-def _placed(places: np.ndarray, examples: int) -> list[Axes]:
-    """Where the panels go: examples in two rows from the left, input beside output; the test at the upper right."""
-    wide = places.shape[1]
-    pairs = [(number % 2, number // 2) for number in range(examples)]
-    spots = [(row, 2 * column + side) for row, column in pairs for side in (0, 1)]
-    return [cast(Axes, places[spot]) for spot in [*spots, (0, wide - 2), (0, wide - 1)]]
-
-
 def _cells(mass: np.ndarray, ranges: GridRanges) -> np.ndarray:
     """The mass on every cell of a grid."""
     return np.array([[mass[start:stop].sum() for start, stop in row] for row in ranges])
@@ -136,10 +130,10 @@ def _draw(axes: Axes, panel: _Panel, sizes: np.ndarray, queries: Sequence[int]) 
             Rectangle((column, row), 1, 1, facecolor=_FILL[letter] if seen else "#EEEEEE", edgecolor="white")
         )
         colour = _LETTER[letter] if seen else OTHERS
-        axes.text(column + 0.1, row + 0.12, letter, color=colour, ha="left", va="top", fontsize=5)
-        if size > 0:
+        axes.text(column + 0.1, row + 0.12, letter, color=colour, ha="left", va="top", fontsize=6)
+        if size > _SEEN:
             axes.add_patch(Circle((column + 0.5, row + 0.5), 0.46 * size**0.5, facecolor="white", edgecolor="black"))
     for row, column in np.ndindex(rows, columns):
         if panel.name == "answer" and panel.ranges[row][column][0] - 1 in queries:
-            axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=2.5))
+            axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=_FRAME, linewidth=2.5))
     axes.set(xlim=(-0.05, columns + 0.05), ylim=(rows + 0.05, -0.05), aspect="equal")

@@ -45,7 +45,7 @@ def head_map(
     bare(axes)
     written = min(width, height) > 0.35
     _mark(axes, values, np.argsort(values, axis=None)[::-1][:marked], limit if written else None)
-    figure.colorbar(image, ax=axes, label=unit)
+    figure.colorbar(image, ax=axes, label=unit, fraction=0.05, pad=0.02, aspect=30)
     return figure
 
 
@@ -100,7 +100,7 @@ def pattern_map(
     for axes, (name, values, label, scale) in zip(figure.subplots(1, 2, sharey=True), drawn, strict=True):
         image = axes.imshow(values[:, keys], aspect="auto", interpolation="nearest", **scale)
         share = np.abs(values[:, keys]).sum() / (np.abs(values).sum() or 1)
-        some = f" ({len(keys)} of {len(tokens)}: {share:.0%} of it all)" if len(keys) < len(tokens) else ""
+        some = f" ({len(keys)} of {len(tokens)}, {share:.0%} of the sum)" if len(keys) < len(tokens) else ""
         axes.set(title=name, xlabel=f"key{some}")
         axes.set_xticks(range(len(keys)), [_label(tokens, key) for key in keys], rotation=90, fontsize=7)
         gap = every(len(rows), 50)

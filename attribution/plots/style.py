@@ -33,7 +33,7 @@ def numbers(name: str, values: Tensor | np.ndarray | Sequence) -> np.ndarray:
         raise InvalidArgument(f"{name} is empty; there is nothing to draw", param=name)
     if wrong := int((~np.isfinite(array)).sum()):
         raise InvalidArgument(
-            f"{name} has {wrong} values that are not finite (NaN or inf); drop them first", param=name
+            f"{name} has {wrong} values that are not finite (NaN or inf); a picture would leave them out", param=name
         )
     return array
 

@@ -9,13 +9,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 from attribution import graph_registry
 from attribution.errors import InvalidArgument, OutOfRange
 from attribution.graph_scope import GraphModel, GraphScope
 from attribution.json_files import read_json, write_json
 from attribution.nodes import Node
+
+if TYPE_CHECKING:
+    from attribution.expand import Expansion
 
 
 class Graph:
@@ -28,6 +31,7 @@ class Graph:
     Attributes:
         scope: the model and the dataset that it is tied to.
         interned: every node that was made in it, whether it was added or not.
+        followed: the nodes from which `expand` has looked upstream.
 
     Raises:
         OutOfRange: a size below 1.
@@ -39,6 +43,7 @@ class Graph:
                 raise OutOfRange(f"{name} is {size}; it is at least 1", param=name)
         self.scope = GraphScope(dataset_size, hidden_size)
         self.interned: dict[tuple[Any, ...], Node] = {}
+        self.followed: set[Node] = set()
         self._edges: dict[Node, dict[Node, float | None]] = {}  # upstream → downstream → score
         if current:
             self.make_current()
@@ -151,6 +156,40 @@ class Graph:
             node.forget()
         self.scope.dataset_id = None
 
+    def expand(
+        self,
+        results: Sequence[Any],
+        model: Any,
+        *,
+        k: int = 5,
+        threshold: float = 0.8,
+        budget: int = 20,
+        order: Literal["score", "depth"] = "score",
+        types: Sequence[str] = ("attn_q", "attn_k", "attn_v", "mlp_i", "mlp_g"),
+        save: Path | str | None = None,
+        show_progress: bool = True,
+        **options: Any,
+    ) -> "Expansion":
+        """Grow the graph upstream from `lm_head` (`attribution.expand` says how); called again, it goes on.
+
+        Args:
+            k: how many heads and MLPs feed one node at most.
+            threshold: the share of a node's absolute attribution at which its feeding components are enough.
+            budget: how many heads and MLPs the graph has at most.
+            order: follow the node with the greatest score first, or the deepest.
+            types: the paths of a component that enter; leave "mlp_g" out where MLPs have no gate (GPT-2).
+            save: a file that is written after every node; `Graph.load` of it goes on from there.
+            options: `steps` and `rule` of `compute_node_gradient`. Gradients that the nodes hold are replaced.
+
+        Raises:
+            InvalidArgument, OutOfRange: naming the argument.
+            SampleMismatch: the graph is of another model or dataset.
+        """
+        from attribution.expand import Limits, expand
+
+        limits = Limits(k, threshold, budget, order, tuple(types))
+        return expand(self, results, model, limits, save, show_progress=show_progress, **options)
+
     # --- disk
 
     def save(self, path: Path | str) -> Path:
@@ -170,6 +209,7 @@ class Graph:
             "dataset_size": scope.dataset_size,
             "hidden_size": scope.hidden_size,
             "nodes": [[node.layer, node.head, node.type] for node in nodes],
+            "followed": [number[node] for node in nodes if node in self.followed],
             "edges": [[number[a], number[b], self._edges[a][b]] for a, b in self.edges],
         }
 
@@ -207,6 +247,7 @@ class Graph:
         for node in sorted(nodes, key=order, reverse=True):
             graph.add_node(node, list(into[node]))
             graph._edges[node].update(into[node])
+        graph.followed.update(nodes[at] for at in record["followed"])
         return graph
 
 

@@ -24,7 +24,8 @@ def attention_pattern(
 
     The softmax is computed in float32, as transformers' eager attention does, or in float64 when q is.
     """
-    scores = torch.einsum("...qhd,...khd->...hqk", q * scaling, k)
+    # einsum would give the layout [head, query, row · key] when only k has rows, and every later step would copy
+    scores = (q * scaling).transpose(-2, -3) @ k.transpose(-2, -3).mT
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     # added, not filled in: the backward of a sum costs nothing

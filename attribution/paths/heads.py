@@ -67,7 +67,8 @@ class HeadsAt:
 
     def writes(self, q: Tensor, k: Tensor) -> Float[Tensor, "*point heads"]:
         """⟨G, what each head writes⟩ with this q and k, and the actual v."""
-        return torch.einsum("...hqk,hqk->...h", self.pattern(q, k), self.value_grad)
+        # einsum would copy both into another layout, here and in the backward
+        return torch.linalg.vecdot(self.pattern(q, k).flatten(-2), self.value_grad.flatten(-2))
 
     def projected(self, name: str, normed: Float[Tensor, "*point pos d_model"]) -> Tensor:
         """The projection q, k or v of normed rows by the layer's dense module, for the chosen heads."""

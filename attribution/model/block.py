@@ -112,8 +112,8 @@ class Block:
         return self.module(self.family.up)._module.weight.dtype
 
     @property
-    def d_mlp(self) -> int:
-        """The width of the MLP."""
+    def mlp_width(self) -> int:
+        """The width of the MLP at its widest."""
         return max(self.module(self.family.up)._module.weight.shape)
 
     def weight(self, name: str) -> Float[Tensor, "heads d_head d_model"]:

@@ -40,7 +40,7 @@ class MLPPath:
         return (self._writes(alpha).double() * self._grad.double()).sum()[None]
 
     def _gradient(self, points: Points, detached: Any) -> Float[Tensor, "1 pos d_model"]:
-        parts, width = [], self.block.d_mlp
+        parts, width = [], self.block.mlp_width
         for rows in pieces(len(self.x), len(points.alphas) * width):
             frozen, grad = self._frozen.rows(rows), self._grad[rows]
             normed = normed_rows(points, frozen, self.x[rows])

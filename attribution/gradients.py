@@ -36,7 +36,11 @@ _ATTENTION = {"attn_q": QueryPath, "attn_k": KeyPath, "attn_v": ValuePath, "attn
 
 @dataclass(frozen=True)
 class NodeQuery:
-    """What is asked about one node; fields as the arguments of `compute_node_gradient`."""
+    """What is asked about one node; fields as the arguments of `compute_node_gradient`.
+
+    Attributes:
+        grad_name: what the caller calls `output_grad`.
+    """
 
     node_type: str
     layer: int
@@ -48,6 +52,7 @@ class NodeQuery:
     candidate_ids: list[int] | None
     steps: int | Literal["auto"] | None
     rule: Rule
+    grad_name: str = "output_grad"
 
 
 def node_gradient(model: TracedModel, sample: StoredSample, query: NodeQuery) -> Float[Tensor, "heads pos d_model"]:
@@ -126,9 +131,10 @@ def _z_grad(block: Block, z: Tensor, heads: list[int], grad: Tensor) -> Float[Te
 def _output_grad(block: Block, query: NodeQuery, count: int) -> Float[Tensor, "pos d_model"]:
     grad, width = query.output_grad, block.dims.d_model
     if grad is None:
-        raise InvalidArgument(f"{query.node_type} needs output_grad: [1, {count}, {width}]", param="output_grad")
+        expected = f"[1, {count}, {width}]"
+        raise InvalidArgument(f"{query.node_type} needs {query.grad_name}: {expected}", param=query.grad_name)
     meaning = "1, len(pos_ids), hidden size"
-    return checks.shape("output_grad", grad, (1, count, width), meaning)[0].to(block.device, block.dtype)
+    return checks.shape(query.grad_name, grad, (1, count, width), meaning)[0].to(block.device, block.dtype)
 
 
 def _check_node(model: TracedModel, query: NodeQuery) -> None:

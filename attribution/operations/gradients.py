@@ -153,7 +153,9 @@ def compute_node_gradient_batch(
     for number, sample in enumerate(samples):
         grad = None if output_grads is None else output_grads[number]
         label = None if labels is None else labels[number]
-        query = NodeQuery(node_type, layer, head, pos_ids, src_pos_ids, grad, label, candidate_ids, steps, rule)
+        query = NodeQuery(
+            node_type, layer, head, pos_ids, src_pos_ids, grad, label, candidate_ids, steps, rule, "output_grads"
+        )
         gradients.append(node_gradient(session.model, sample, query).cpu())
         yield Progress(number + 1, len(samples))
     if len({gradient.shape for gradient in gradients}) > 1:

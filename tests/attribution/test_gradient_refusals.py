@@ -115,8 +115,8 @@ def test_a_batch_names_what_does_not_fit_its_samples(session_of: Sessions) -> No
     grads = [GRAD, GRAD]
     refusals: list[Refusal] = [
         ({"output_grads": [GRAD]}, ShapeMismatch, "output_grads", ["1 entries", "2, one per sample"]),
-        ({"output_grads": None}, InvalidArgument, "output_grad", ["[1, 2, 48]"]),
-        ({"output_grads": [GRAD, GRAD[:, :1]]}, ShapeMismatch, "output_grad", ["[1, 1, 48]", "[1, 2, 48]"]),
+        ({"output_grads": None}, InvalidArgument, "output_grads", ["[1, 2, 48]"]),
+        ({"output_grads": [GRAD, GRAD[:, :1]]}, ShapeMismatch, "output_grads", ["[1, 1, 48]", "[1, 2, 48]"]),
         ({"sample_ids": [], "output_grads": []}, InvalidArgument, "sample_ids", ["empty"]),
         ({"output_grads": grads, "sample_ids": [0, 7]}, SampleNotFound, "sample_id", ["7", "0–2"]),
         ({"output_grads": grads, "pos_ids": [3, 9]}, OutOfRange, "pos_ids", ["9", "0 to 7"]),

@@ -82,7 +82,7 @@ def _handler(operation: Operation) -> Callable[..., Awaitable[Response]]:
         arguments = await read_arguments(request, state.room, stack)
         name = _model_name(arguments.pop("model", None))
         _refuse_callers_own(operation, arguments)
-        checked = operation.validate(arguments)
+        checked = await asyncio.to_thread(operation.validate, arguments)  # a dataset's prompts take a while
         loaded = state.registry.choose(name)
         loaded.worker.refuse_when_full()
         steps = operation.start(loaded.session, checked)

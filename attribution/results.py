@@ -38,9 +38,7 @@ def forward_results(
     return forwarded
 
 
-def batch_arguments(
-    dataset_id: str, results: Sequence[Any], prompt_attr: str, show_progress: bool
-) -> dict[str, Any]:
+def batch_arguments(dataset_id: str, results: Sequence[Any], prompt_attr: str, show_progress: bool) -> dict[str, Any]:
     """The arguments of `batch_forward` for `forward_results`, which raises as this does."""
     indices = [_attribute(result, "index", "results") for result in results]
     index, count = Counter(indices).most_common(1)[0] if indices else (None, 0)

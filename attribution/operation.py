@@ -8,8 +8,8 @@
    method there: it hands itself and its arguments to `run` of the session, which is all that a session must have.
 3. `POST /attribution/get_head_output` hands the body to `validate` and `start`, as `LocalSession.run` does.
 
-A long operation is a generator: it yields `Progress` after each bounded piece of work and returns its result. Between two
-pieces others may use the model, the caller may show how far it is, or leave.
+A long operation is a generator: it yields `Progress` after each bounded piece of work and returns its result. Between
+two pieces others may use the model, the caller may show how far it is, or leave.
 """
 
 import inspect

@@ -73,7 +73,7 @@ class LocalSession:
     def load_model(
         self, path: str, device: str = "auto", quantization: str | None = None, **load_options: Any
     ) -> dict[str, Any]:
-        """Load a model in place of the present one; `load_options` are fields of `LoadSpec`. Returns its description."""
+        """Load a model in place of the present one; `load_options` are fields of `LoadSpec`. Says what it is."""
         self.unload_model()
         self._model = load(LoadSpec(path, device_map=device, quantization=quantization, **load_options))
         return self._model.describe()

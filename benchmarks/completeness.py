@@ -1,6 +1,6 @@
 """`python -m benchmarks.completeness`: completeness errors of integrated gradients on the embedded model, as a table.
 
-For a few puzzles: the answer's log-probability at every cell (`lm_head`), and with its gradient every MLP and every head
+For a few puzzles: the log-probability of the answer at every cell (`lm_head`), and with its gradient every MLP and head
 of the model. Heads and MLPs whose objective hardly changes along the path are left out (below 1 % of the largest): of
 next to nothing every error is large.
 """

@@ -10,9 +10,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
 from pydantic import BaseModel
 
-from attribution.errors import Cancelled, InvalidRequest, SightlineError
+from attribution.errors import InvalidRequest, SightlineError
 from server import replies
 from server.answers import Answer, Plan, open_answer
+from server.bodies import unless_gone
 from server.generation.sequence import Delta
 from server.recording import record
 from server.registry import LoadedModel
@@ -110,20 +111,10 @@ async def _finished_or_gone(request: Request, answer: Answer) -> None:
         async for _ in answer.events():
             pass
 
-    async def leave() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    done, gone = asyncio.ensure_future(finish()), asyncio.ensure_future(leave())
     try:
-        await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
-            raise Cancelled("the client closed the connection")
-        done.result()
+        await unless_gone(request, finish())
     finally:
         answer.cancel()
-        done.cancel()
-        gone.cancel()
 
 
 async def _record(answer: Answer, state: State) -> None:

@@ -36,10 +36,18 @@ def concurrency(rounds: int) -> Iterator[Section]:
     yield Section.of("Chats beside attribution", concurrency.run(rounds), rounds, concurrency.NOTE)
 
 
+def clustering(rounds: int) -> Iterator[Section]:
+    """The distances of a thousand heads."""
+    from benchmarks import clustering
+
+    yield Section.of("Clustering of heads", clustering.run(rounds), rounds, clustering.NOTE)
+
+
 PARTS: dict[str, Callable[[int], Iterator[Section]]] = {
     "serving": serving,
     "attribution": attribution,
     "concurrency": concurrency,
+    "clustering": clustering,
 }
 
 

@@ -17,12 +17,11 @@ from torch import Tensor
 _GRADIENTS = threading.Lock()
 
 Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Of the module's output: the scalar to differentiate, and the tensor with respect to which."""
+"""Of the module's output: the scalar to differentiate, and the tensor with respect to which: detached there, or on."""
 
 
 def traced_gradient(module: Any, x: Tensor, objective: Objective) -> Tensor:
     """The gradient that `objective` asks for, of a module's output at `x`."""
-    x = x.detach().requires_grad_()
     with _GRADIENTS, torch.enable_grad():
         with module.trace(x):
             value, wanted = objective(module.output)

@@ -37,7 +37,7 @@ class QueryPath:
             frozen = self._frozen.rows(rows)
 
             def objective(projected: Tensor, at: HeadsAt = at) -> tuple[Tensor, Tensor]:
-                raw = at.chosen("q", projected)
+                raw = at.cut("q", projected).detach().requires_grad_()
                 return points.weigh(at.writes(at.query(raw), self._key)).sum(), raw
 
             normed = normed_rows(points, frozen, self.x[rows])
@@ -71,16 +71,16 @@ class KeyPath:
         at = self.at
         module = at.block.module(at.block.family.projections["k"].module)
         normed = normed_rows(points, self._frozen, self.x).to(at.block.weight_dtype)
-        total = torch.zeros_like(at.k_raw)
+        total = torch.zeros_like(at.repeated(at.k_raw))
         for _, part in at.in_pieces(len(points.alphas)):
             query = part.query(part.q_raw)
 
             def objective(projected: Tensor, at: HeadsAt = part, query: Tensor = query) -> tuple[Tensor, Tensor]:
-                raw = at.chosen("k", projected)
-                return points.weigh(at.writes(query, at.key(raw))).sum(), raw
+                met = at.key(at.cut("k", projected)).detach().requires_grad_()
+                return points.weigh(at.writes(query, met)).sum(), met
 
             total += traced_gradient(module, normed, objective).sum(0)
-        return total
+        return at.key_backward(total)
 
     @torch.no_grad()
     def objective(self, alpha: float) -> Float[Tensor, "heads"]:
@@ -95,7 +95,7 @@ class ValuePath:
     def __init__(self, at: HeadsAt) -> None:
         self.at, self.x = at, at.resid
         self._frozen = at.block.attn_norm.at(self.x)
-        self._value_grad = torch.zeros_like(at.k_raw)  # of the v that each head sees
+        self._value_grad = torch.zeros_like(at.repeated(at.k_raw))  # of the v that each head sees
         key = at.key(at.k_raw)
         for _, part in at.in_pieces(1):
             self._value_grad += torch.einsum("hqk,qhd->khd", part.pattern(part.query(part.q_raw), key), part.z_grad)
@@ -111,7 +111,7 @@ class ValuePath:
     @torch.no_grad()
     def objective(self, alpha: float) -> Float[Tensor, "heads"]:
         """See `attribution.integrate.Path`."""
-        value = self.at.projected("v", self._frozen(alpha * self.x))
+        value = self.at.repeated(self.at.projected("v", self._frozen(alpha * self.x)))
         return torch.einsum("khd,khd->h", value.double(), self._value_grad.double())
 
 

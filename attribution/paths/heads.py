@@ -20,7 +20,7 @@ class HeadsAt:
     Attributes:
         resid: the stream that the layer reads, at positions 0 … key − 1, in the dtype of the attribution.
         queries: the positions whose writes are scored.
-        q_raw, k_raw: of the chosen heads, before norm and rotary; k_raw is repeated to the query heads.
+        q_raw, k_raw: before norm and rotary; q of the chosen heads, k of all key/value heads.
         value_grad: ∂O/∂A = ⟨G_i, W_O^h v_j⟩.
         z_grad: ∂O/∂z.
     """
@@ -30,7 +30,7 @@ class HeadsAt:
     queries: list[int]
     heads: list[int]
     q_raw: Float[Tensor, "query heads d_head"]
-    k_raw: Float[Tensor, "key heads d_head"]
+    k_raw: Float[Tensor, "key kv_heads d_head"]
     value_grad: Float[Tensor, "heads query key"]
     z_grad: Float[Tensor, "query heads d_head"]
     hidden: Tensor = field(repr=False)
@@ -47,7 +47,7 @@ class HeadsAt:
             queries,
             heads,
             q[queries][:, heads].to(dtype),
-            repeat_heads(k, heads, count).to(dtype),
+            k.to(dtype),
             torch.einsum("qhd,khd->hqk", z_grad, v),
             z_grad,
             block.hidden(queries, len(resid)).to(block.device),
@@ -57,9 +57,23 @@ class HeadsAt:
         """q as it meets the keys: its norm frozen at the actual q, then rotary."""
         return self.block.rotate(_frozen(self.block.query_norm, self.q_raw, raw), self.queries)
 
-    def key(self, raw: Float[Tensor, "*point key heads d_head"]) -> Tensor:
-        """k as it meets the queries."""
-        return self.block.rotate(_frozen(self.block.key_norm, self.k_raw, raw), list(range(len(self.k_raw))))
+    def key(self, raw: Float[Tensor, "*point key kv_heads d_head"]) -> Float[Tensor, "*point key heads d_head"]:
+        """k as each head meets it: normed, turned, and repeated for the heads that share it."""
+        return self.repeated(self._turned_key(self.k_raw, raw))
+
+    def key_backward(self, grad: Float[Tensor, "key heads d_head"]) -> Float[Tensor, "key heads d_head"]:
+        """From the gradient at the k that each head meets to that at the projection's output, for each head alone."""
+        with torch.enable_grad():
+            raw = torch.zeros_like(grad, requires_grad=True)
+            turned = self._turned_key(self.repeated(self.k_raw), raw)
+        return torch.autograd.grad(turned, raw, grad)[0]
+
+    def _turned_key(self, actual: Tensor, raw: Tensor) -> Tensor:
+        return self.block.rotate(_frozen(self.block.key_norm, actual, raw), list(range(len(actual))))
+
+    def repeated(self, kv: Float[Tensor, "*rows kv_heads d_head"]) -> Float[Tensor, "*rows heads d_head"]:
+        """The key/value head of each chosen head."""
+        return repeat_heads(kv, self.heads, self.block.dims.n_heads)
 
     def pattern(self, q: Tensor, k: Tensor) -> Float[Tensor, "*point heads query key"]:
         """The pattern of turned q and k."""
@@ -71,14 +85,14 @@ class HeadsAt:
         return torch.linalg.vecdot(self.pattern(q, k).flatten(-2), self.value_grad.flatten(-2))
 
     def projected(self, name: str, normed: Float[Tensor, "*point pos d_model"]) -> Tensor:
-        """The projection q, k or v of normed rows by the layer's dense module, for the chosen heads."""
+        """The projection q, k or v of normed rows by the layer's dense module."""
         module = self.block.module(self.block.family.projections[name].module)._module
-        return self.chosen(name, module(normed.to(self.block.weight_dtype)))
+        return self.cut(name, module(normed.to(self.block.weight_dtype)))
 
-    def chosen(self, name: str, projected: Tensor) -> Float[Tensor, "*point pos heads d_head"]:
-        """The chosen heads of a projection's output, key/value heads repeated."""
+    def cut(self, name: str, projected: Tensor) -> Float[Tensor, "*point pos some d_head"]:
+        """The output of a projection: the chosen heads of q, all key/value heads of k and v."""
         cut = self.block.cut(name, projected).to(self.block.dtype)
-        return cut[..., self.heads, :] if name == "q" else repeat_heads(cut, self.heads, self.block.dims.n_heads)
+        return cut[..., self.heads, :] if name == "q" else cut
 
     def through_weight(self, name: str, grad: Float[Tensor, "pos heads d_head"]) -> Float[Tensor, "heads pos d_model"]:
         """From the gradient at the output of a projection to that at its input, one product per head."""

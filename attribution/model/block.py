@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attribution.attention import attention_pattern, hidden_edges, repeat_heads
+from attribution.attention import attention_pattern, attention_scores, hidden_edges, kv_heads_of
 from attribution.errors import GradientsRefused, UnsupportedModel
 from attribution.model.dequantise import dense_weight
 from attribution.model.families import Family
@@ -206,16 +206,18 @@ class Block:
         """The attention pattern, exactly as the model computes it, given the stream at positions 0 … key − 1."""
         q, k = self.project(resid, "qk")
         q, k = self.head_normed("q", q[queries]), self.head_normed("k", k)
-        return self.pattern_of(q[:, heads], repeat_heads(k, heads, self.dims.n_heads), queries)
+        return self.pattern_of(q[:, heads], k[:, self.kv_heads_of(heads)], queries)
+
+    def kv_heads_of(self, heads: list[int]) -> list[int]:
+        """The key/value heads that the scores of some query heads need."""
+        return kv_heads_of(heads, self.dims.n_heads, self.dims.n_kv_heads)
 
     def pattern_of(
         self, q: Float[Tensor, "query heads d_head"], k: Float[Tensor, "key kv_heads d_head"], queries: list[int]
     ) -> Float[Tensor, "heads query key"]:
         """The pattern of q and k as their points have them: after their norms, before rotary; k from position 0 on."""
-        if k.shape[1] < q.shape[1]:
-            k = repeat_heads(k, list(range(q.shape[1])), q.shape[1])
-        q, k = self.rotate(q, queries), self.rotate(k, list(range(len(k))))
-        return attention_pattern(q, k, self.hidden(queries, len(k)).to(q.device), self.scaling, self.softcap)
+        scores = attention_scores(self.rotate(q, queries), self.rotate(k, list(range(len(k)))), self.scaling)
+        return attention_pattern(scores, self.hidden(queries, len(k)).to(q.device), self.softcap)
 
     # --- what is written to the stream
 

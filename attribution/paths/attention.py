@@ -1,7 +1,7 @@
 """The paths of `attn_q`, `attn_k`, `attn_v` and `attn_a`: one head sees one of its inputs vary.
 
-All heads of a layer share one backward to the output of the projection, and differ by one product with their slice of
-its weight. `HeadsAt` holds what is fixed.
+All heads of a layer share one backward to their scores, where the interpolation points are summed. What lies between
+the scores and the stream is linear, and one product per head. `HeadsAt` holds what is fixed.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,7 @@ class QueryPath:
         self.at, self.x = at, at.resid[at.queries]
         self._frozen = at.block.attn_norm.at(self.x)
         self._key = at.key(at.k_raw)
+        self._seen = self._key.repeat_interleave(len(at.heads) // self._key.shape[1], dim=1)  # one k for each head
 
     def gradient(self, points: Points, rows: list[int]) -> Float[Tensor, "heads chosen d_model"]:
         """See `attribution.integrate.Path`."""
@@ -37,11 +38,12 @@ class QueryPath:
             frozen = self._frozen.rows(rows)
 
             def objective(projected: Tensor, at: HeadsAt = at) -> tuple[Tensor, Tensor]:
-                raw = at.cut("q", projected).detach().requires_grad_()
-                return points.weigh(at.writes(at.query(raw), self._key)).sum(), raw
+                scores = at.scores(at.query(at.cut("q", projected)), self._key).detach().requires_grad_()
+                return points.weigh(at.writes(scores)).sum(), scores
 
             normed = normed_rows(points, frozen, self.x[rows])
             grad = traced_gradient(module, normed.to(at.block.weight_dtype), objective).sum(0)
+            grad = at.query_backward(torch.einsum("hqk,khd->qhd", grad, self._seen) * at.block.scaling)
             parts.append(frozen.backward(at.through_weight("q", grad)))
         return torch.cat(parts, dim=1)
 
@@ -49,7 +51,7 @@ class QueryPath:
     def objective(self, alpha: float) -> Float[Tensor, "heads"]:
         """See `attribution.integrate.Path`."""
         raw = self.at.projected("q", self._frozen(alpha * self.x))
-        return _sum_over_queries(self.at, lambda rows, at: at.writes(at.query(raw[rows]), self._key))
+        return _sum_over_queries(self.at, lambda rows, at: at.writes(at.scores(at.query(raw[rows]), self._key)))
 
 
 class KeyPath:
@@ -76,17 +78,18 @@ class KeyPath:
             query = part.query(part.q_raw)
 
             def objective(projected: Tensor, at: HeadsAt = part, query: Tensor = query) -> tuple[Tensor, Tensor]:
-                met = at.key(at.cut("k", projected)).detach().requires_grad_()
-                return points.weigh(at.writes(query, met)).sum(), met
+                scores = at.scores(query, at.key(at.cut("k", projected))).detach().requires_grad_()
+                return points.weigh(at.writes(scores)).sum(), scores
 
-            total += traced_gradient(module, normed, objective).sum(0)
+            grad = traced_gradient(module, normed, objective).sum(0)
+            total += torch.einsum("hqk,qhd->khd", grad, query) * at.block.scaling
         return at.key_backward(total)
 
     @torch.no_grad()
     def objective(self, alpha: float) -> Float[Tensor, "heads"]:
         """See `attribution.integrate.Path`."""
         key = self.at.key(self.at.projected("k", self._frozen(alpha * self.x)))
-        return _sum_over_queries(self.at, lambda rows, at: at.writes(at.query(at.q_raw), key))
+        return _sum_over_queries(self.at, lambda rows, at: at.writes(at.scores(at.query(at.q_raw), key)))
 
 
 class ValuePath:
@@ -98,7 +101,8 @@ class ValuePath:
         self._value_grad = torch.zeros_like(at.repeated(at.k_raw))  # of the v that each head sees
         key = at.key(at.k_raw)
         for _, part in at.in_pieces(1):
-            self._value_grad += torch.einsum("hqk,qhd->khd", part.pattern(part.query(part.q_raw), key), part.z_grad)
+            pattern = part.pattern(part.scores(part.query(part.q_raw), key))
+            self._value_grad += torch.einsum("hqk,qhd->khd", pattern, part.z_grad)
 
     def gradient(self, points: Points, rows: list[int]) -> Float[Tensor, "heads chosen d_model"]:
         """See `attribution.integrate.Path`; the same for every rule."""
@@ -138,7 +142,7 @@ class PatternPath:
         """See `attribution.integrate.Path`."""
         normed = self._frozen(alpha * self.x)
         key, raw = self.at.key(self.at.projected("k", normed)), self.at.projected("q", normed)[self.at.queries]
-        return _sum_over_queries(self.at, lambda rows, at: at.writes(at.query(raw[rows]), key))
+        return _sum_over_queries(self.at, lambda rows, at: at.writes(at.scores(at.query(raw[rows]), key)))
 
 
 def _through(

@@ -1,13 +1,13 @@
 """Some heads of one layer, at the activations of one sample."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attribution.attention import attention_pattern, repeat_heads
+from attribution.attention import attention_pattern, attention_scores, repeat_heads
 from attribution.model.block import Block
 from attribution.norms import Norm
 from attribution.paths.pieces import pieces
@@ -57,16 +57,17 @@ class HeadsAt:
         """q as it meets the keys: its norm frozen at the actual q, then rotary."""
         return self.block.rotate(_frozen(self.block.query_norm, self.q_raw, raw), self.queries)
 
-    def key(self, raw: Float[Tensor, "*point key kv_heads d_head"]) -> Float[Tensor, "*point key heads d_head"]:
-        """k as each head meets it: normed, turned, and repeated for the heads that share it."""
-        return self.repeated(self._turned_key(self.k_raw, raw))
+    def key(self, raw: Float[Tensor, "*point key kv_heads d_head"]) -> Float[Tensor, "*point key met d_head"]:
+        """k as the chosen heads meet it: its norm frozen at the actual k, then rotary; what is shared is there once."""
+        return self._turned_key(self.k_raw, raw)[..., self.block.kv_heads_of(self.heads), :]
 
     def key_backward(self, grad: Float[Tensor, "key heads d_head"]) -> Float[Tensor, "key heads d_head"]:
         """From the gradient at the k that each head meets to that at the projection's output, for each head alone."""
-        with torch.enable_grad():
-            raw = torch.zeros_like(grad, requires_grad=True)
-            turned = self._turned_key(self.repeated(self.k_raw), raw)
-        return torch.autograd.grad(turned, raw, grad)[0]
+        return _transposed(lambda raw: self._turned_key(self.repeated(self.k_raw), raw), grad)
+
+    def query_backward(self, grad: Float[Tensor, "query heads d_head"]) -> Float[Tensor, "query heads d_head"]:
+        """The same for q."""
+        return _transposed(self.query, grad)
 
     def _turned_key(self, actual: Tensor, raw: Tensor) -> Tensor:
         return self.block.rotate(_frozen(self.block.key_norm, actual, raw), list(range(len(actual))))
@@ -75,14 +76,18 @@ class HeadsAt:
         """The key/value head of each chosen head."""
         return repeat_heads(kv, self.heads, self.block.dims.n_heads)
 
-    def pattern(self, q: Tensor, k: Tensor) -> Float[Tensor, "*point heads query key"]:
-        """The pattern of turned q and k."""
-        return attention_pattern(q, k, self.hidden, self.block.scaling, self.block.softcap)
+    def scores(self, q: Tensor, k: Tensor) -> Float[Tensor, "*point heads query key"]:
+        """The scores of turned q and k."""
+        return attention_scores(q, k, self.block.scaling)
 
-    def writes(self, q: Tensor, k: Tensor) -> Float[Tensor, "*point heads"]:
-        """⟨G, what each head writes⟩ with this q and k, and the actual v."""
+    def pattern(self, scores: Float[Tensor, "*point heads query key"]) -> Float[Tensor, "*point heads query key"]:
+        """The pattern of scores."""
+        return attention_pattern(scores, self.hidden, self.block.softcap)
+
+    def writes(self, scores: Float[Tensor, "*point heads query key"]) -> Float[Tensor, "*point heads"]:
+        """⟨G, what each head writes⟩ with these scores, and the actual v."""
         # einsum would copy both into another layout, here and in the backward
-        return torch.linalg.vecdot(self.pattern(q, k).flatten(-2), self.value_grad.flatten(-2))
+        return torch.linalg.vecdot(self.pattern(scores).flatten(-2), self.value_grad.flatten(-2))
 
     def projected(self, name: str, normed: Float[Tensor, "*point pos d_model"]) -> Tensor:
         """The projection q, k or v of normed rows by the layer's dense module."""
@@ -121,6 +126,13 @@ class HeadsAt:
         """The queries in pieces whose patterns, one per point, fit."""
         for rows in pieces(len(self.queries), points * len(self.heads) * len(self.resid)):
             yield rows, self.at_queries(rows)
+
+
+def _transposed(linear: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:
+    """The gradient at the input of a linear map, given that at its output, of one shape."""
+    with torch.enable_grad():
+        value = torch.zeros_like(grad, requires_grad=True)
+        return torch.autograd.grad(linear(value), value, grad)[0]
 
 
 def _frozen(norm: Norm | None, actual: Tensor, value: Tensor) -> Tensor:

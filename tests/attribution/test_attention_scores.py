@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from attribution.attention import attention_pattern, hidden_edges, repeat_heads
+from attribution.attention import attention_pattern, attention_scores, hidden_edges, repeat_heads
 from attribution.errors import InvalidArgument, OutOfRange, ShapeMismatch
 from attribution.norms import Norm
 from attribution.operations.scores import attribute_attn_weights, attribute_residual
@@ -121,7 +121,7 @@ def test_the_pattern_of_tensors_is_written_out_softmax(window: int | None, softc
     kv = torch.randn(keys, N_KV_HEADS, 10, generator=generator, dtype=torch.float64)
     k = repeat_heads(kv, heads, N_HEADS)
     hidden = hidden_edges(torch.tensor(queries), torch.arange(keys), window)
-    found = attention_pattern(q, k, hidden, 0.7, softcap)
+    found = attention_pattern(attention_scores(q, k, 0.7), hidden, softcap)
     for number, head in enumerate(heads):
         for row, query in enumerate(queries):
             scores = [0.7 * float(q[row, number] @ kv[key, head // 3]) for key in range(keys)]

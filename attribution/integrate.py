@@ -9,6 +9,7 @@ Sundararajan et al., "Axiomatic attribution for deep networks" (2017).
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -78,6 +79,7 @@ class Integrated:
     steps: int
 
 
+@cache
 def interpolation(steps: int, rule: Rule) -> Points:
     """The points of a rule: `steps` Gauss–Legendre nodes, or the `steps` + 1 ends of equal parts; 0 is α = 1 alone."""
     if steps == 0:

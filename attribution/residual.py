@@ -74,6 +74,10 @@ class Downstream:
         """1 for the nodes that a component at `depth` is upstream of, else 0."""
         return torch.tensor([float(depth < node) for node in self.depths], dtype=self.grads.dtype)
 
+    def masks(self, half: float) -> Float[Tensor, "layer node"]:
+        """`mask` at depth ℓ + `half` for each of the layers."""
+        return torch.stack([self.mask(layer + half) for layer in self.layers])
+
 
 def stack_grads(model: TracedModel, grads: list[Tensor], count: int) -> Float[Tensor, "node pos d_model"]:
     """Downstream gradients `[1, pos, hidden]` or `[pos, hidden]`, stacked, in the dtype of the attribution.
@@ -101,12 +105,11 @@ def residual_attribution(
     scores = torch.zeros(shape, dtype=dtype)
     all_z = sample.read("z", layers, downstream.positions)
     mlp_out = sample.read("mlp_out", layers, downstream.positions).to(dtype)
-    scores[layers.start : layers.stop, -1] = torch.einsum("lpe,gpe->lgp", mlp_out, grads)
-    for layer, z in zip(layers, all_z, strict=True):
-        block = Block(model, layer)
-        scores[layer, :-1] = _head_scores(block, z, grads.to(block.device)).cpu()
-        scores[layer, :-1] *= downstream.mask(float(layer))[:, None]
-        scores[layer, -1] *= downstream.mask(layer + 0.5)[:, None]
+    mlps = torch.einsum("lpe,gpe->lgp", mlp_out, grads)
+    blocks = [Block(model, layer) for layer in layers]
+    heads = [_head_scores(block, z, grads.to(block.device)).cpu() for block, z in zip(blocks, all_z, strict=True)]
+    scores[layers.start : layers.stop, :-1] = torch.stack(heads) * downstream.masks(0.0)[:, None, :, None]
+    scores[layers.start : layers.stop, -1] = mlps * downstream.masks(0.5)[..., None]
     return scores
 
 

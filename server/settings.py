@@ -134,6 +134,15 @@ def environment_without_settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)}
 
 
+def bound_spinning() -> None:
+    """Let torch's threads wait asleep after a moment; call it before torch is imported.
+
+    Threads of GNU OpenMP spin while they wait for each other. When another process wants the cores, a forward pass then
+    takes many times as long; 10,000 turns cost nothing that can be measured on cores of one's own.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def load_settings(**given: Any) -> Settings:
     """Settings from all sources; `given` are those of the command line.
 

@@ -111,7 +111,7 @@ class TracedModel:
         """The transformers model under the envoy."""
         return self.envoy._module  # type: ignore[return-value]
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype of the activations."""
         return self.module.dtype

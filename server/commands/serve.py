@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from attribution.errors import SightlineError
 from server import logs
-from server.settings import Settings, load_settings, refuse_open_host, show_value
+from server.settings import Settings, bound_spinning, load_settings, refuse_open_host, show_value
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -28,6 +28,7 @@ def serve(**given: Any) -> None:
     """Serve a model over HTTP. Each option is also a variable SIGHTLINE_… and a key of sightline.toml."""
     settings = load_settings(**{name: value for name, value in given.items() if value is not None})
     refuse_open_host(settings)
+    bound_spinning()
     logs.configure(settings)
     with _bind(settings.host, settings.port) as listener:
         if sys.stderr.isatty():

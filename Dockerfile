@@ -2,7 +2,7 @@
 #
 #   docker build -t sightline .
 #   docker run --init --gpus all -p 127.0.0.1:8000:8000 -e SIGHTLINE_API_KEY=… \
-#       -v sightline-models:/models -v sightline-activations:/activations sightline serve Qwen/Qwen3-0.6B
+#       -v sightline-models:/models -v sightline-activations:/activations -v sightline-store:/store sightline serve Qwen/Qwen3-0.6B
 #
 # docs/deploy.md says more.
 ARG CUDA=13.0.1
@@ -12,8 +12,8 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 sightline \
-    && mkdir -p /models /activations \
-    && chown sightline:sightline /models /activations
+    && mkdir -p /models /activations /store \
+    && chown sightline:sightline /models /activations /store
 
 ENV PATH=/opt/sightline/bin:$PATH \
     PIP_NO_CACHE_DIR=1 \
@@ -36,8 +36,9 @@ ENV SIGHTLINE_HOST=0.0.0.0 \
     SIGHTLINE_PORT=8000 \
     SIGHTLINE_MODELS_DIR=/models \
     SIGHTLINE_ACTIVATIONS_DIR=/activations \
+    SIGHTLINE_STORE_DIR=/store \
     HF_HOME=/models/huggingface
-VOLUME ["/models", "/activations"]
+VOLUME ["/models", "/activations", "/store"]
 EXPOSE 8000
 USER sightline
 WORKDIR /home/sightline

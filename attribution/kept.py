@@ -24,13 +24,14 @@ class KeptTensors:
         return _size(tensors) <= self.limit
 
     def put(self, path: Path, key: FileKey, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the tensors of a file, and let others go for them."""
+        """Keep the tensors of a file, which have room; others go before they come."""
+        size = _size(tensors)
         with self._lock:
             self._drop(path)
-            self._kept[path] = (key, dict(tensors))
-            self.used += _size(tensors)
-            while self.used > self.limit:
+            while self._kept and self.used + size > self.limit:
                 self._drop(next(iter(self._kept)))
+            self._kept[path] = (key, dict(tensors))
+            self.used += size
 
     def get(self, path: Path, key: FileKey) -> dict[str, Tensor] | None:
         """The tensors of a file, when they are here and the file is still that one."""

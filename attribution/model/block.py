@@ -73,10 +73,7 @@ class Block:
 
     def module(self, path: str) -> Any:
         """The envoy of a part of the layer."""
-        envoy = self.envoy
-        for name in path.split("."):
-            envoy = getattr(envoy, name)
-        return envoy
+        return self.envoy.get(path)
 
     # --- norms
 

@@ -52,12 +52,12 @@ def _wrong(model: TracedModel, twins: Twins, family: Family) -> str | None:
             error = _forward_error(kernel, part, model.dtype)
             if not error <= tolerance:
                 return f"{base}.{name} differs from its dequantised weights by {error:.1e} of its output"
-            error = _step_error(kernel, _part(envoy, name), part, model.dtype)
+            error = _step_error(kernel, envoy.get(name), part, model.dtype)
             if not error <= tolerance:
                 return f"the gradient of {base}.{name} is off by {error:.1e} from what a step along it does"
     shape = (_ROWS, model.dimensions.d_model)
     x, grad = (_noise(*shape, seed).to(next(own.parameters()).device, model.work_dtype) for seed in (0, 1))
-    error = _traced_error(_part(envoy, family.mlp), twins.plain(f"{base}.{family.mlp}"), x, grad)
+    error = _traced_error(envoy.get(family.mlp), twins.plain(f"{base}.{family.mlp}"), x, grad)
     return None if error <= _TOLERANCE_TRACED else f"the traced gradient of {base}.{family.mlp} is off by {error:.1e}"
 
 
@@ -91,9 +91,3 @@ def _noise(rows: int, width: int, seed: int = 0) -> Tensor:
 
 def _distance(found: Tensor, expected: Tensor) -> float:
     return float((found.to(expected) - expected).norm() / expected.norm().clamp_min(1e-30))
-
-
-def _part(envoy: Any, path: str) -> Any:
-    for name in path.split("."):
-        envoy = getattr(envoy, name)
-    return envoy

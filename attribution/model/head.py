@@ -19,10 +19,7 @@ class OutputHead:
         module: Any = model.module.get_submodule(path)
         self.dtype, self.norm_dtype, self.device = model.work_dtype, module.weight.dtype, module.weight.device
         self.norm = read_norm(model, module)
-        envoy: Any = model.envoy
-        for name in path.split("."):
-            envoy = getattr(envoy, name)
-        self.norm_envoy = envoy
+        self.norm_envoy: Any = model.envoy.get(path)
         unembedding: Any = model.module.get_output_embeddings()
         rows = slice(None) if candidate_ids is None else candidate_ids
         self._weight = dense_weight(unembedding)[rows]

@@ -47,28 +47,18 @@ def replaced_logits(
 def _replace(model: TracedModel, layer: int, wanted: list[tuple[int, Replacement]]) -> None:
     """Inside a trace: replace in one layer, attention before MLP."""
     points = family_of(model).points
-    envoy = _layer(model, layer)
+    envoy: Any = model.envoy.get(family_of(model).layers)[layer]
     heads = [(row, one) for row, one in wanted if one.head is not None]
     if heads:
-        module = _part(envoy, points["z"].module)
+        module = envoy.get(points["z"].module)
         z = module.input.clone().unflatten(-1, (model.dimensions.n_heads, -1))
         for row, one in heads:
             z[row, :, one.head] = one.value.to(z)
         module.input = z.flatten(-2)
     mlps = [(row, one) for row, one in wanted if one.head is None]
     if mlps:
-        module = _part(envoy, points["mlp_out"].module)
+        module = envoy.get(points["mlp_out"].module)
         written = module.output.clone()
         for row, one in mlps:
             written[row] = one.value.to(written)
         module.output = written
-
-
-def _layer(model: TracedModel, layer: int) -> Any:
-    return _part(model.envoy, family_of(model).layers)[layer]
-
-
-def _part(envoy: Any, path: str) -> Any:
-    for name in path.split("."):
-        envoy = getattr(envoy, name)
-    return envoy

@@ -149,10 +149,7 @@ class TracedModel:
         assert self.family is not None
         if self.twins is not None:
             return self.twins.layer(index)
-        envoy: Any = self.envoy
-        for name in self.family.layers.split("."):
-            envoy = getattr(envoy, name)
-        return envoy[index]
+        return self.envoy.get(self.family.layers)[index]
 
     @property
     def device(self) -> torch.device:

@@ -1,4 +1,7 @@
+import os
 import re
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -9,6 +12,7 @@ from attribution.errors import InvalidRequest
 from server.settings import (
     ENV_PREFIX,
     Settings,
+    bound_spinning,
     environment_without_settings,
     is_loopback,
     load_settings,
@@ -173,3 +177,18 @@ def test_every_setting_has_a_description_of_one_line():
         assert field.description, name
         assert "\n" not in field.description, name
         assert field.description.endswith("."), name
+
+
+def test_spinning_is_bounded_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1")  # so that it is put back as it was
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    bound_spinning()
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    bound_spinning()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+
+
+def test_torch_which_reads_that_when_it_is_imported_is_not_there_when_serve_begins():
+    code = "import sys, server.cli, server.commands.serve; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

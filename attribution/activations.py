@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attribution import checks
-from attribution.errors import ContextLengthExceeded, InvalidArgument
 from attribution.model.block import family_of
 from attribution.model.capture import Batch, Stream, forward
 from attribution.model.resolve import stream_of
@@ -32,25 +30,6 @@ def batches(lengths: Sequence[int]) -> list[list[int]]:
         else:
             found.append([index])
     return found
-
-
-def check_tokens(model: TracedModel, token_ids: list[int], name: str) -> None:
-    """See that a model can run these tokens; `name` is the argument that they came from.
-
-    Raises:
-        InvalidArgument: there is no token.
-        OutOfRange: a token that is not in the vocabulary.
-        ContextLengthExceeded: there are more than the window takes.
-    """
-    dims = model.dimensions
-    if not token_ids:
-        raise InvalidArgument(f"{name} has no token; a sample has at least one", param=name)
-    if len(token_ids) > dims.window:
-        raise ContextLengthExceeded(
-            f"{name} has {len(token_ids)} tokens and the window of {model.id!r} takes {dims.window}", param=name
-        )
-    for token in {min(token_ids), max(token_ids)}:
-        checks.in_range(name, token, dims.d_vocab, f"the token ids of {model.id!r}")
 
 
 def stored_streams(model: TracedModel) -> dict[str, Stream]:

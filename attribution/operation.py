@@ -6,7 +6,8 @@
 1. The signature gives the pydantic model of the arguments; unknown ones are refused.
 2. `get_head_output = operations.get_head_output` in the body of `LocalSession` or `ModelClient` makes it a typed
    method there: it hands itself and its arguments to `run` of the session, which is all that a session must have.
-3. `POST /attribution/get_head_output` hands the body to `validate` and `start`, as `LocalSession.run` does.
+3. `POST /attribution/get_head_output` (or another `path`) hands the body to `validate` and `start`, as
+   `LocalSession.run` does.
 
 A long operation is a generator: it yields `Progress` after each bounded piece of work and returns its result. Between
 two pieces others may use the model, the caller may show how far it is, or leave.
@@ -55,15 +56,17 @@ class Operation(Generic[P, R]):
     """A function of a session that runs the same locally and over HTTP.
 
     Attributes:
-        name: of the method and of the route.
+        name: of the method.
+        path: of the route, without the first slash.
         params: the pydantic model of the arguments, the session left out.
         safe: whether it may be sent again after a lost connection: it changes nothing, or the same thing to the same.
         long: whether it reports progress.
     """
 
-    def __init__(self, function: Callable[..., Any], *, safe: bool) -> None:
+    def __init__(self, function: Callable[..., Any], *, safe: bool, path: str | None = None) -> None:
         self.function, self.safe = function, safe
         self.name, self.__doc__ = function.__name__, function.__doc__
+        self.path = path or f"attribution/{self.name}"
         self.long = inspect.isgeneratorfunction(inspect.unwrap(function))
         _, *parameters = inspect.signature(function).parameters.values()
         self.signature = inspect.Signature(parameters)
@@ -128,10 +131,10 @@ class _Declare(Protocol):
     def __call__(self, function: "Callable[Concatenate[LocalSession, P], R]") -> Operation[P, R]: ...
 
 
-def operation(*, safe: bool = True) -> _Declare:
-    """Declare an operation; see the head of this module. `safe` as in `Operation`."""
+def operation(*, safe: bool = True, path: str | None = None) -> _Declare:
+    """Declare an operation; see the head of this module. `safe` and `path` as in `Operation`."""
 
     def declare(function: Callable[..., Any]) -> Any:
-        return Operation(function, safe=safe)
+        return Operation(function, safe=safe, path=path)
 
     return declare

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ from pydantic import BeforeValidator
 
 from attribution import checks
 from attribution.arguments import Positions
-from attribution.errors import InvalidArgument, RunNotFound, SampleMismatch, StorageFailed
+from attribution.errors import ContextLengthExceeded, InvalidArgument, RunNotFound, SampleMismatch, StorageFailed
 from attribution.model.traced import TracedModel
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -51,6 +52,62 @@ def tokens_of(model: TracedModel, prompt: str | list[Message] | list[int], *, sp
     if prompt and isinstance(prompt[0], dict):
         return _templated(model, prompt, name)  # type: ignore[arg-type]
     return list(prompt)  # type: ignore[arg-type]
+
+
+def check_tokens(model: TracedModel, token_ids: list[int], name: str) -> None:
+    """See that a model can run these tokens; `name` is the argument that they came from.
+
+    Raises:
+        InvalidArgument: there is no token.
+        OutOfRange: a token that is not in the vocabulary.
+        ContextLengthExceeded: there are more than the window takes.
+    """
+    dims = model.dimensions
+    if not token_ids:
+        raise InvalidArgument(f"{name} has no token; a sample has at least one", param=name)
+    if len(token_ids) > dims.window:
+        raise ContextLengthExceeded(
+            f"{name} has {len(token_ids)} tokens and the window of {model.id!r} takes {dims.window}", param=name
+        )
+    for token in {min(token_ids), max(token_ids)}:
+        checks.in_range(name, token, dims.d_vocab, f"the token ids of {model.id!r}")
+
+
+def given_tokens(
+    model: TracedModel,
+    prompt: str | None,
+    messages: list[Message] | None,
+    token_ids: list[int] | None,
+    *,
+    special: bool = True,
+) -> list[int]:
+    """The tokens of whichever of a text, messages and token ids is given; `special` as in `tokens_of`.
+
+    Raises:
+        InvalidArgument: none or several are given, or the chat template refuses the messages.
+        ContextLengthExceeded, OutOfRange, InvalidArgument: they are too many or too few, or none of the model's.
+    """
+    given = {"prompt": prompt, "messages": messages, "token_ids": token_ids}
+    name = only_given(given)
+    tokens = tokens_of(model, given[name] or [], special=special, name=name)
+    check_tokens(model, tokens, name)
+    return tokens
+
+
+def only_given(given: Mapping[str, object]) -> str:
+    """The name of the one argument that is not None.
+
+    Raises:
+        InvalidArgument: none is, or several.
+    """
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        *first, last = given
+        raise InvalidArgument(
+            f"exactly one of {', '.join(first)} and {last} is expected; found {' and '.join(names) or 'none'}",
+            param=next(iter(given)),
+        )
+    return names[0]
 
 
 def _templated(model: TracedModel, messages: list[Message], name: str) -> list[int]:

@@ -76,7 +76,7 @@ def call_of(operation: Operation[..., Any], arguments: Mapping[str, Any], model:
     """An operation as a request: what the caller gave, and nothing else."""
     sent = dict(arguments) if model is None else dict(arguments) | {"model": model}
     accept = PROGRESS_TYPE if operation.long and progress else MEDIA_TYPE
-    return Call(operation.name, "POST", f"/attribution/{operation.name}", _body(sent), accept, operation.safe)
+    return Call(operation.name, "POST", f"/{operation.path}", _body(sent), accept, operation.safe)
 
 
 def _body(sent: dict[str, Any]) -> bytes | Packed:

@@ -12,10 +12,12 @@ from starlette.requests import ClientDisconnect
 
 from attribution.envelope import MAX_HEADER_BYTES, MEDIA_TYPE, PROGRESS_TYPE, Unpacker, pack, to_json
 from attribution.errors import Cancelled, InvalidRequest, QueueFull
+from attribution.operations import OPERATIONS
 
 T = TypeVar("T")
 
 JSON_TYPE = "application/json"
+_PATHS = frozenset(operation.path for operation in OPERATIONS.values())
 _ON_THE_LOOP_BYTES = 64 * 1024  # what is parsed in less than a millisecond
 
 
@@ -44,7 +46,7 @@ class TensorRoom:
 def longest_body(scope: Any, json_bytes: int, tensor_bytes: int) -> int:
     """The bound of a request's body: more for tensors, on the routes that take them."""
     kind = dict(scope["headers"]).get(b"content-type", b"").decode("latin-1")
-    takes_tensors = scope["path"].startswith("/attribution/") and _plain(kind) == MEDIA_TYPE
+    takes_tensors = scope["path"].removeprefix("/") in _PATHS and _plain(kind) == MEDIA_TYPE
     return tensor_bytes + MAX_HEADER_BYTES if takes_tensors else json_bytes
 
 

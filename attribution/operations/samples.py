@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from attribution.activations import batches, check_tokens, collect
+from attribution.activations import batches, collect
 from attribution.arguments import DatasetId, Index, Positions, SampleId
 from attribution.errors import CannotFit, InvalidArgument
 from attribution.estimate import check_room, estimate
 from attribution.operation import Progress, Steps, operation
-from attribution.prompts import Message, Prompt, run_tokens, tokens_of
+from attribution.prompts import Message, Prompt, check_tokens, only_given, run_tokens, tokens_of
 
 if TYPE_CHECKING:
     from attribution.session import LocalSession
@@ -46,18 +46,13 @@ def forward(
         the model computed neither NaN nor inf. What is not finite is stored as it is.
     """
     given = {"prompt": prompt, "messages": messages, "token_ids": token_ids, "run_id": run_id}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) != 1:
-        found = " and ".join(names) or "none"
-        raise InvalidArgument(
-            f"exactly one of prompt, messages, token_ids and run_id is expected; found {found}", param="prompt"
-        )
+    name = only_given(given)
     model = session.model
     if run_id is not None:
         tokens = run_tokens(model, session.runs_dir, run_id, choice)
     else:
-        tokens = tokens_of(model, given[names[0]] or [], special=add_special_tokens, name=names[0])
-    check_tokens(model, tokens, names[0])
+        tokens = tokens_of(model, given[name] or [], special=add_special_tokens, name=name)
+    check_tokens(model, tokens, name)
     found = session.store.find(dataset_id, sample_id, session.identity, tokens)
     if stored := found is None:
         (tensors,) = collect(model, [tokens])

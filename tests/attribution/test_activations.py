@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from attribution import activations
-from attribution.activations import batches, check_tokens, collect, stored_streams
+from attribution.activations import batches, collect, stored_streams
 from attribution.errors import CannotFit, ContextLengthExceeded, InvalidArgument, OutOfRange, UnsupportedModel
 from attribution.estimate import check_room, estimate
 from attribution.model.load import trace_model
+from attribution.prompts import check_tokens
 from attribution.store import ActivationStore
 from attribution.stored import Identity
 from tests.attribution.plain import distance, prompts_of, watch

@@ -194,7 +194,7 @@ def test_the_operations_are_listed_with_their_schemas(one: Served):
     written = shown["requestBody"]["content"]["application/json"]["schema"]
     assert (set(written["properties"]), written["required"]) == (set(schema["properties"]), schema["required"])
     assert MEDIA_TYPE in shown["requestBody"]["content"]
-    assert {f"/attribution/{name}" for name in OPERATIONS} <= set(paths)
+    assert {f"/{operation.path}" for operation in OPERATIONS.values()} <= set(paths)
 
 
 def test_the_key_is_asked_for(folders: dict[str, Path], tmp_path: Path):

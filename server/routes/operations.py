@@ -1,8 +1,8 @@
-"""Attribution: one route for each operation, made from its declaration, and what is stored.
+"""One route for each operation, made from its declaration, and what is stored.
 
-Each `POST /attribution/{name}` takes the operation's arguments and `model` as an object, in JSON or, with tensors, in
-an envelope. The work is done on the thread of the model, a long operation piece by piece, so that chats go on between
-two pieces, and it ends when the client goes away.
+Each, as `POST /attribution/{name}`, takes the operation's arguments and `model` as an object, in JSON or, with
+tensors, in an envelope. The work is done on the thread of the model, a long operation piece by piece, so that chats go
+on between two pieces, and it ends when the client goes away.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from server.bodies import JSON_TYPE, read_arguments, reply, unless_gone, wanted_
 from server.state import SERVER_FAILED, state_of
 from server.worker import ModelWorker
 
-router = APIRouter(prefix="/attribution", tags=["attribution"])
+router = APIRouter()
 log = logging.getLogger("sightline.attribution")
 _BINARY = {"type": "string", "format": "binary"}
 
@@ -44,23 +44,30 @@ async def held() -> AsyncIterator[ExitStack]:
         yield stack
 
 
-@router.get("")
+@router.get("/attribution", tags=["attribution"])
 async def operations() -> dict[str, Any]:
     """The operations, each with its arguments as a JSON schema."""
-    rows = [
-        {"name": name, "summary": _summary(one), "safe": one.safe, "long": one.long, "parameters": schema_of(one)}
-        for name, one in OPERATIONS.items()
-    ]
-    return {"operations": rows}
+    return {"operations": [_row(one) for one in OPERATIONS.values()]}
 
 
-@router.get("/status")
+@router.get("/attribution/status", tags=["attribution"])
 async def status(request: Request, model: str | None = None) -> dict[str, Any]:
     """Whether a model is loaded, which, and what is stored for it."""
     registry = state_of(request).registry
     nothing = model is None and not registry.loaded
     session = registry.empty_session() if nothing else registry.choose(model).session
     return await asyncio.to_thread(session.status)
+
+
+def _row(operation: Operation) -> dict[str, Any]:
+    return {
+        "name": operation.name,
+        "path": f"/{operation.path}",
+        "summary": _summary(operation),
+        "safe": operation.safe,
+        "long": operation.long,
+        "parameters": schema_of(operation),
+    }
 
 
 def schema_of(operation: Operation) -> dict[str, Any]:
@@ -158,10 +165,11 @@ def _add_routes() -> None:
         content = {JSON_TYPE: {"schema": schema_of(operation)}, MEDIA_TYPE: {"schema": _BINARY}}
         answers = {JSON_TYPE: {}, MEDIA_TYPE: {"schema": _BINARY}, PROGRESS_TYPE: {"schema": _BINARY}}
         router.add_api_route(
-            f"/{name}",
+            f"/{operation.path}",
             _handler(operation),
             methods=["POST"],
             name=name,
+            tags=[operation.path.split("/")[0]],
             summary=_summary(operation),
             description=inspect.getdoc(operation),
             response_model=None,

@@ -12,6 +12,7 @@
     ├── InvalidArgument                 422 invalid_argument
     │   ├── OutOfRange                  422 out_of_range
     │   ├── ShapeMismatch               422 shape_mismatch
+    │   ├── NoKeyLeft                   422 no_key_left
     │   ├── ModelAmbiguous              422 model_ambiguous
     │   ├── UnsupportedModel            422 unsupported_model
     │   └── GradientsRefused            422 gradients_refused
@@ -20,9 +21,11 @@
     │   ├── ModelNotFound               404 model_not_found
     │   ├── RunNotFound                 404 run_not_found
     │   ├── DatasetNotFound             404 dataset_not_found
-    │   └── SampleNotFound              404 sample_not_found
+    │   ├── SampleNotFound              404 sample_not_found
+    │   └── VectorNotFound              404 vector_not_found
     ├── Busy                            409 busy
     ├── SampleMismatch                  409 sample_mismatch
+    ├── VectorMismatch                  409 vector_mismatch
     ├── ModelLoadFailed                 422 model_load_failed
     ├── QueueFull                       429 queue_full
     ├── Cancelled                       499 cancelled
@@ -129,6 +132,12 @@ class ShapeMismatch(InvalidArgument):
     code = "shape_mismatch"
 
 
+class NoKeyLeft(InvalidArgument):
+    """Every edge of a query would be removed, and its attention would be 0/0."""
+
+    code = "no_key_left"
+
+
 class ModelAmbiguous(InvalidArgument):
     """Several models are loaded and none was named."""
 
@@ -187,6 +196,12 @@ class SampleNotFound(NotFound):
     code = "sample_not_found"
 
 
+class VectorNotFound(NotFound):
+    """No steering vector has this name."""
+
+    code = "vector_not_found"
+
+
 class Busy(SightlineError):
     """The thing that was named is in use and cannot be changed now."""
 
@@ -200,6 +215,14 @@ class SampleMismatch(SightlineError):
 
     status = 409
     code = "sample_mismatch"
+    type = "conflict_error"
+
+
+class VectorMismatch(SightlineError):
+    """A steering vector was computed with another model, or at a place of another width; it is never used there."""
+
+    status = 409
+    code = "vector_mismatch"
     type = "conflict_error"
 
 

@@ -16,6 +16,7 @@ from attribution.operation import Operation
 from attribution.operations import getters, gradients, samples, scores
 from attribution.progress import drive
 from attribution.results import forward_results
+from attribution.steering import VectorStore
 from attribution.store import ActivationStore
 from attribution.stored import Identity, StoredSample
 
@@ -25,6 +26,12 @@ DEFAULT_RUNS = Path("/tmp/nnsight_activations")
 NONE_LOADED = "no model is loaded; load_model(path), or POST /models/load, loads one"
 
 
+def vectors_beside(store: ActivationStore, folder: Path | str | None) -> VectorStore:
+    """The steering vectors in a folder; None is the one beside that of the stored samples."""
+    root = store.root.resolve()
+    return VectorStore(root.with_name(f"{root.name}_vectors") if folder is None else Path(folder))
+
+
 class LocalSession:
     """A model in this process and the samples stored for it, with every operation as a method.
 
@@ -32,6 +39,8 @@ class LocalSession:
         model: a hub id, an alias, a folder, "demo", or a `TracedModel`; None to load one later.
         store: the folder of the stored samples, or an `ActivationStore` that is shared with other sessions.
         runs_dir: the folder in which a server records its runs, for `forward(run_id=…)`.
+        vectors_dir: the folder of the steering vectors, or a `VectorStore` that is shared with other sessions; None is
+            the folder of the samples with "_vectors" after its name. `vectors` is the store itself.
         load_options: fields of `LoadSpec`: dtype, device_map, quantization, …
     """
 
@@ -41,10 +50,12 @@ class LocalSession:
         *,
         store: ActivationStore | Path | str = DEFAULT_STORE,
         runs_dir: Path | str = DEFAULT_RUNS,
+        vectors_dir: VectorStore | Path | str | None = None,
         **load_options: Any,
     ) -> None:
         self.store = store if isinstance(store, ActivationStore) else ActivationStore(Path(store), DEFAULT_STORE_RAM)
         self.runs_dir = Path(runs_dir)
+        self.vectors = vectors_dir if isinstance(vectors_dir, VectorStore) else vectors_beside(self.store, vectors_dir)
         self._model: TracedModel | None = None
         self._lock = threading.RLock()  # a model is traced by one thread at a time
         if isinstance(model, TracedModel):

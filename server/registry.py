@@ -16,7 +16,7 @@ from attribution.model.load import LoadSpec, load
 from attribution.model.traced import TracedModel
 from attribution.positions import parse_window
 from attribution.selectors import parse_selector
-from attribution.session import NONE_LOADED, LocalSession
+from attribution.session import NONE_LOADED, LocalSession, vectors_beside
 from attribution.store import ActivationStore
 from server.generation.engine import make_engine
 from server.metrics import Metrics
@@ -57,6 +57,8 @@ class ModelRegistry:
         self._settings, self._metrics = settings, metrics
         self.store = ActivationStore(settings.store_dir, int(settings.store_ram))
         """The stored samples of all models."""
+        self.vectors = vectors_beside(self.store, settings.vectors_dir)
+        """The steering vectors of all models."""
         self._loaded: dict[str, LoadedModel] = {}
         self._loading: dict[str, tuple[LoadSpec, asyncio.Task[LoadedModel]]] = {}
         self._asking: Counter[str] = Counter()  # loads of each model that have not been answered
@@ -104,7 +106,8 @@ class ModelRegistry:
 
     def empty_session(self) -> LocalSession:
         """A session without a model, for what needs none."""
-        return LocalSession(None, store=self.store, runs_dir=self._settings.activations_dir)
+        runs_dir = self._settings.activations_dir
+        return LocalSession(None, store=self.store, runs_dir=runs_dir, vectors_dir=self.vectors)
 
     async def load(self, spec: LoadSpec, savepoints: tuple[SavepointSpec, ...] = ()) -> LoadedModel:
         """Load a model, or wait for the load of it that is under way; loaded again, it takes other savepoints.
@@ -161,7 +164,8 @@ class ModelRegistry:
             await self.unload(name)
 
     def _with_session(self, model: TracedModel, worker: ModelWorker, spec: LoadSpec) -> LoadedModel:
-        session = LocalSession(model, store=self.store, runs_dir=self._settings.activations_dir)
+        runs_dir = self._settings.activations_dir
+        session = LocalSession(model, store=self.store, runs_dir=runs_dir, vectors_dir=self.vectors)
         return LoadedModel(model, worker, session, spec)
 
     async def _load_once(self, name: str, spec: LoadSpec) -> LoadedModel:

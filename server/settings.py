@@ -101,6 +101,9 @@ class Settings(BaseSettings):
     store_ram: Bytes = Field(
         ByteSize(4 * 1024**3), description="Most of the stored samples that is kept in memory as well."
     )
+    vectors_dir: Path | None = Field(
+        None, description="Folder of the steering vectors; by default store_dir with _vectors after its name."
+    )
     max_tensor_bytes: Bytes = Field(
         ByteSize(1024**3), description="Most that the tensors of requests may have, of all under way together."
     )

@@ -26,6 +26,8 @@ def shown(label: str, *, show: bool) -> Iterator[Callable[[Progress], None]]:
     def tell(progress: Progress) -> None:
         nonlocal bar
         bar = bar or progress_bar(progress.total, label, show=show)
+        if bar.total != progress.total:  # another part of the work
+            bar.reset(progress.total)
         bar.update(progress.done - bar.n)
 
     try:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from attribution.errors import ModelNotFound
+from attribution.means import MeanCache
 from attribution.model.load import LoadSpec, load
 from attribution.model.traced import TracedModel
 from attribution.operation import Operation
-from attribution.operations import getters, gradients, samples, scores
+from attribution.operations import ablations, getters, gradients, samples, scores
 from attribution.progress import drive
 from attribution.results import forward_results
 from attribution.steering import VectorStore
@@ -56,6 +57,7 @@ class LocalSession:
         self.store = store if isinstance(store, ActivationStore) else ActivationStore(Path(store), DEFAULT_STORE_RAM)
         self.runs_dir = Path(runs_dir)
         self.vectors = vectors_dir if isinstance(vectors_dir, VectorStore) else vectors_beside(self.store, vectors_dir)
+        self.means = MeanCache()
         self._model: TracedModel | None = None
         self._lock = threading.RLock()  # a model is traced by one thread at a time
         if isinstance(model, TracedModel):
@@ -158,5 +160,6 @@ class LocalSession:
     attribute_residual = scores.attribute_residual
     attribute_residual_terms = scores.attribute_residual_terms
     attribute_attn_weights = scores.attribute_attn_weights
-    ablate = scores.ablate
+    ablate = ablations.ablate
+    ablate_sweep = ablations.ablate_sweep
     forward_results = forward_results

@@ -8,7 +8,7 @@ import httpx
 
 from attribution.envelope import Packed
 from attribution.operation import Operation
-from attribution.operations import getters, gradients, samples, scores
+from attribution.operations import ablations, getters, gradients, samples, scores
 from attribution.progress import shown
 from attribution.results import batch_arguments, refer
 from clients.options import check, checked_url, http_options, key_headers, load_body, moved, only_model
@@ -136,4 +136,5 @@ class AsyncModelClient:
     attribute_residual = awaited(scores.attribute_residual)
     attribute_residual_terms = awaited(scores.attribute_residual_terms)
     attribute_attn_weights = awaited(scores.attribute_attn_weights)
-    ablate = awaited(scores.ablate)
+    ablate = awaited(ablations.ablate)
+    ablate_sweep = awaited(ablations.ablate_sweep)

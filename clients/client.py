@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from attribution.operation import Operation
-from attribution.operations import getters, gradients, samples, scores
+from attribution.operations import ablations, getters, gradients, samples, scores
 from attribution.progress import shown
 from attribution.results import forward_results
 from clients.options import check, checked_url, http_options, key_headers, load_body, moved, only_model
@@ -138,5 +138,6 @@ class ModelClient:
     attribute_residual = scores.attribute_residual
     attribute_residual_terms = scores.attribute_residual_terms
     attribute_attn_weights = scores.attribute_attn_weights
-    ablate = scores.ablate
+    ablate = ablations.ablate
+    ablate_sweep = ablations.ablate_sweep
     forward_results = forward_results

@@ -114,6 +114,16 @@ EXAMPLES: dict[str, Example] = {
         SAMPLE | ANSWER | {"heads": [(0, 1), (2, 5)], "mlps": [1], "mode": "mean", "pos_ids": [1, 2, 3]},
         (*ABSENT, {"heads": [(0, N_HEADS)]}, {"heads": [0]}, {"mlps": [N_LAYERS]}, {"mode": "noise"}, {"labels": [5]}),
     ),
+    "ablate_sweep": Example(
+        SAMPLE | ANSWER | {"sets": [{"heads": [(0, 1)]}, {"mlps": [1]}, {}], "mode": "mean", "pos_ids": [1, 2, 3]},
+        (
+            *ABSENT,
+            {"sets": []},
+            {"sets": [{"heads": [(0, 1)]}, {"heads": [(N_LAYERS, 0)]}]},
+            {"sets": [{"layers": [1]}]},
+            {"mode": "position_mean"},
+        ),
+    ),
 }
 
 

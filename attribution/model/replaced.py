@@ -19,7 +19,10 @@ from attribution.model.traced import TracedModel
 
 @dataclass(frozen=True)
 class Replacement:
-    """What a head (`z`, [d_head]) or, with `head` None, an MLP ([d_model]) writes at every position instead."""
+    """What a head writes instead (`z`, [pos, d_head]) or, with `head` None, an MLP ([pos, d_model]).
+
+    One position stands for all.
+    """
 
     layer: int
     head: int | None

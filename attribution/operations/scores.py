@@ -1,16 +1,15 @@
-"""Scores: residual and attention attribution, ablation. Formulas: `docs/attribution.md`.
+"""Scores: residual and attention attribution. Formulas: `docs/attribution.md`.
 
-Positions count from 0 in the sample's tokens. Log-probabilities are in nats, and an objective is to be increased.
-Scores are float32, or float64 when the model is.
+Positions count from 0 in the sample's tokens. Scores are float32, or float64 when the model is.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from attribution import ablation, checks
+from attribution import checks
 from attribution.arguments import DatasetId, Index, Positions, SampleId, TensorList
-from attribution.operation import Steps, operation
+from attribution.operation import operation
 from attribution.operations.devices import on_device
 from attribution.residual import Downstream, attention_attribution, residual_attribution, residual_terms, stack_grads
 
@@ -109,60 +108,3 @@ def attribute_attn_weights(
     grads = stack_grads(model, downstream_grads, len(positions))
     aw, aa = attention_attribution(model, sample, layer, head, positions, grads, signed=signed)
     return on_device(aw, device), on_device(aa, device)
-
-
-@operation()
-def ablate(
-    session: "LocalSession",
-    dataset_id: DatasetId,
-    sample_id: SampleId,
-    heads: list[tuple[Index, Index]] | None = None,
-    mlps: list[Index] | None = None,
-    mode: Literal["zero", "mean"] = "zero",
-    labels: Positions | None = None,
-    candidate_ids: Positions | None = None,
-    pos_ids: Positions | None = None,
-    show_progress: bool = False,
-    device: str = "cpu",
-) -> Steps[dict[str, Any]]:
-    """What the answer's log-probability is when heads and MLPs write nothing, or their mean over the dataset.
-
-    Args:
-        heads: (layer, head) each, set at all positions; before the output projection.
-        mlps: layers.
-        mode: "zero", or "mean": over all positions of all samples of the dataset.
-        labels: one token id per entry of `pos_ids`.
-        candidate_ids: the softmax runs over these tokens; None is the whole vocabulary.
-        pos_ids: the positions whose logits are scored: the answer at token p is predicted at p − 1.
-
-    Returns:
-        before and after: the summed log-probability of the labels (nats); before_per_position and after_per_position:
-        `[len(pos_ids)]`. Both are of one batch.
-    """
-    model, sample = session.model, session.sample(dataset_id, sample_id)
-    components = _components(session, heads or [], mlps or [])
-    positions = checks.positions("pos_ids", pos_ids, sample.seq_len)
-    chosen = checks.answer(model.dimensions.d_vocab, labels, candidate_ids, len(positions))
-    if mode == "zero":
-        replacements = ablation.zeros(model, components)
-    else:
-        ids = session.sample_ids(dataset_id)
-        samples = (session.sample(dataset_id, one) for one in ids)
-        replacements = yield from ablation.means(samples, len(ids), components)
-    found = ablation.ablated(model, sample, replacements, positions, chosen, candidate_ids)
-    return {
-        "before": float(found.before.sum()),
-        "after": float(found.after.sum()),
-        "before_per_position": on_device(found.before, device),
-        "after_per_position": on_device(found.after, device),
-    }
-
-
-def _components(session: "LocalSession", heads: list[tuple[int, int]], mlps: list[int]) -> ablation.Components:
-    model = session.model
-    for layer, head in heads:
-        checks.in_range("heads", layer, model.dimensions.n_layers, f"the layers of {model.id}")
-        checks.in_range("heads", head, model.dimensions.n_heads, f"the heads of {model.id}")
-    for layer in mlps:
-        checks.in_range("mlps", layer, model.dimensions.n_layers, f"the layers of {model.id}")
-    return ablation.Components(tuple(dict.fromkeys(heads)), tuple(dict.fromkeys(mlps)))

@@ -211,11 +211,13 @@ def reference_ablation(
 ) -> tuple[float, float]:
     """The labels' summed log-probability as it is, and with heads' z and MLPs' writes replaced, in nats."""
     layers, n = layers_of(model), model.config.num_attention_heads
-    runs = [record(model, sample) for sample in dataset] if mode == "mean" else []
+    runs = [record(model, sample) for sample in dataset] if mode != "zero" else []
 
     def replacement(name: str, index: int, like: Tensor) -> Tensor:
         if mode == "zero":
             return torch.zeros_like(like)
+        if mode == "position_mean":
+            return torch.stack([run[name][index] for run in runs]).mean(0)
         return torch.cat([run[name][index] for run in runs], dim=1).mean(1, keepdim=True).expand_as(like)
 
     def replace_head(index: int, head: int) -> Any:

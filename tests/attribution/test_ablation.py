@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from attribution import ablation
 from attribution.errors import InvalidArgument, OutOfRange, ShapeMismatch
-from attribution.operations.scores import ablate
+from attribution.operations.ablations import ablate, ablate_sweep
 from attribution.session import LocalSession
+from attribution.stored import StoredSample
 from tests.attribution.autograd_oracle import reference_ablation
 from tests.attribution.scoring import PROMPTS, ask, plain_model, stored_session
 from tests.models import FAMILIES, N_HEADS, N_LAYERS
@@ -56,6 +58,60 @@ def test_nothing_ablated_changes_nothing(session_of: Sessions) -> None:
     for mode in ("zero", "mean"):
         found = ask(session_of("qwen3"), ablate, mode=mode, **SCORED)
         assert found["before"] == found["after"]
+
+
+ALIGNED = [[(5 * at + 31 * number) % 270 for at in range(11)] for number in range(3)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_means_at_each_position_are_taken_over_samples_of_one_length(session_of: Sessions, family: str) -> None:
+    session, model = session_of(family), plain_model(family)
+    for number, tokens in enumerate(ALIGNED):
+        session.forward("aligned", number, token_ids=tokens)
+    heads, mlps = CUTS["both"]
+    given = {"heads": heads, "mlps": mlps, "mode": "position_mean", "dataset_id": "aligned", **SCORED}
+    found = ask(session, ablate, **given)
+    before, after = reference_ablation(
+        model, ALIGNED[0], heads, mlps, "position_mean", SCORED["labels"], None, SCORED["pos_ids"], ALIGNED
+    )
+    assert (found["before"], found["after"]) == (pytest.approx(before, rel=1e-5), pytest.approx(after, rel=1e-5))
+    assert abs(after - ask(session, ablate, **given | {"mode": "mean"})["after"]) > 1e-3
+    with pytest.raises(ShapeMismatch, match="8 to 13 tokens"):
+        ask(session, ablate, **given | {"dataset_id": "puzzles"})
+
+
+@pytest.mark.parametrize("mode", ["zero", "mean"])
+def test_a_sweep_gives_what_single_calls_give(session_of: Sessions, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablation, "BATCH_TOKENS", 23)  # two rows of 11 tokens
+    session, scored = session_of("qwen3"), {"mode": mode, "candidate_ids": [200, 3, 17, 90], **SCORED}
+    sets = [{"heads": heads, "mlps": mlps} for heads, mlps in CUTS.values()]
+    found = ask(session, ablate_sweep, sets=[*sets, {}], **scored)
+    singles = [ask(session, ablate, **one, **scored) for one in sets]
+    assert found["after"].tolist() == pytest.approx([*(one["after"] for one in singles), found["before"]], rel=1e-6)
+    assert found["before"] == pytest.approx(singles[0]["before"], rel=1e-6)
+    assert found["after_per_position"].shape == (len(sets) + 1, 3)
+    assert found["after_per_position"].sum(-1).tolist() == pytest.approx(found["after"].tolist())
+
+
+def test_the_means_of_a_dataset_are_read_once_until_it_changes(
+    session_of: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = session_of("qwen2")
+    for number, tokens in enumerate(ALIGNED):
+        session.forward("changing", number, token_ids=tokens)
+    given = {"heads": [(0, 1)], "mode": "mean", "dataset_id": "changing", **SCORED}
+    first = ask(session, ablate, **given)["after"]
+    reads = []
+    monkeypatch.setattr(StoredSample, "read", lambda *_: reads.append(1))
+    assert ask(session, ablate, **given)["after"] == first
+    assert not reads
+    monkeypatch.undo()
+    session.forward("changing", "more", token_ids=ALIGNED[0][:4])
+    assert ask(session, ablate, **given)["after"] != first
+    session.clear_cache("changing")
+    for number, tokens in enumerate(ALIGNED):
+        session.forward("changing", number, token_ids=tokens)
+    assert ask(session, ablate, **given)["after"] == first
 
 
 def test_a_component_that_is_named_twice_is_ablated_once(session_of: Sessions) -> None:

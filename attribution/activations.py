@@ -48,6 +48,16 @@ def stored_streams(model: TracedModel) -> dict[str, Stream]:
     }
 
 
+def padded(model: TracedModel, prompts: Sequence[list[int]]) -> Batch:
+    """Prompts as one left-padded batch, which needs no cache and gives the last position's logits alone."""
+    columns = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[0] * (columns - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (columns - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    device = model.device
+    return Batch(ids.to(device), mask.to(device), positions.to(device), cache=None, keep=1)
+
+
 def collect(model: TracedModel, prompts: Sequence[list[int]]) -> list[dict[str, Tensor]]:
     """Run prompts as one batch; for each, `resid`, `z` and `mlp_out` on the CPU, views of what the batch gave.
 
@@ -55,13 +65,7 @@ def collect(model: TracedModel, prompts: Sequence[list[int]]) -> list[dict[str, 
         UnsupportedModel: the model has no points.
     """
     streams = stored_streams(model)
-    columns = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (columns - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (columns - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    device = model.device
-    batch = Batch(ids.to(device), mask.to(device), positions.to(device), cache=None, keep=1)
-    _, captured = forward(model, batch, streams.values())
+    _, captured = forward(model, padded(model, prompts), streams.values())
     return [
         {name: captured[stream][:, row, -len(prompt) :] for name, stream in streams.items()}
         for row, prompt in enumerate(prompts)

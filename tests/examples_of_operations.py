@@ -46,6 +46,7 @@ SAMPLE = {"dataset_id": DATASET, "sample_id": 0}
 AT = SAMPLE | {"layer": 1, "pos_ids": [4, 2, 9]}
 HEAD = AT | {"head": 5}
 ANSWER = {"labels": [5, 6, 7], "candidate_ids": [4, 5, 6, 7]}
+CONTRAST = {"positive": ["yes, and", PROMPTS[0]], "negative": ["no", PROMPTS[1], PROMPTS[2]]}
 NODE = HEAD | {"node_type": "attn_v", "output_grad": grads(1, 3), "src_pos_ids": [0, 1]}
 RESIDUAL = SAMPLE | {"pos_ids": [4, 2, 9], "downstream_grads": grads(2, 1, 3), "downstream_layers": [2, 2.5]}
 BAD_NODE = (
@@ -124,11 +125,38 @@ EXAMPLES: dict[str, Example] = {
             {"mode": "position_mean"},
         ),
     ),
+    "create_steering_vector": Example(
+        CONTRAST | {"name": "made", "selector": "resid_post[1:]", "normalise": "unit", "overwrite": True},
+        (
+            {"name": "../x"},
+            {"name": "kept", "overwrite": False},
+            {"positive": []},
+            {"positive": "one text"},
+            {"negative": ["a", []]},
+            {"negative": [[100_000]]},
+            {"negative": CONTRAST["positive"]},
+            {"selector": f"resid_post[{N_LAYERS}]"},
+            {"selector": "pattern[0]"},
+            {"selector": "logits"},
+            {"positions": "first"},
+            {"positions": {"start": 99}},
+            {"positions": "generated"},
+            {"normalise": 0},
+            {"normalise": True},
+            {"normalise": "max"},
+        ),
+        ("provenance",),
+    ),
+    "list_steering_vectors": Example({}, (), ("vectors",)),
+    "get_steering_vector": Example({"name": "kept"}, ({"name": "absent"}, {"name": "a/b"}), ("provenance",)),
+    "delete_steering_vector": Example({"name": "gone"}, ({"name": "absent"}, {"name": ".x"}), ("bytes_freed",)),
 }
 
 
-def store_samples(forward: Callable[..., Any]) -> None:
+def store_samples(session: Any) -> None:
     """What the examples read, and what those that delete delete."""
     for number, tokens in enumerate(PROMPTS):
-        forward(DATASET, number, token_ids=tokens)
-    forward("gone", 0, token_ids=PROMPTS[0])
+        session.forward(DATASET, number, token_ids=tokens)
+    session.forward("gone", 0, token_ids=PROMPTS[0])
+    for name in ("kept", "gone"):
+        session.create_steering_vector(name, selector="mlp_out[1]", overwrite=True, **CONTRAST)

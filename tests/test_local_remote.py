@@ -42,8 +42,8 @@ def remote(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[M
 @pytest.fixture
 def both(local: LocalSession, remote: ModelClient) -> tuple[LocalSession, ModelClient]:
     """The two, with the same samples stored."""
-    store_samples(local.forward)
-    store_samples(remote.forward)
+    store_samples(local)
+    store_samples(remote)
     return local, remote
 
 
@@ -75,10 +75,10 @@ def test_a_client_gives_what_a_local_session_gives(name: str, both: tuple[LocalS
 
 def test_over_a_real_socket_it_is_the_same(local: LocalSession, folder: Path, tmp_path: Path):
     fresh = LocalSession(local.model, store=tmp_path / "local", runs_dir=folder / "runs")
-    store_samples(fresh.forward)
+    store_samples(fresh)
     with over_socket(tmp_path / "remote") as (url, _), ModelClient(url) as client:
         client.load_model(str(folder), dtype="bfloat16")
-        store_samples(client.forward)
+        store_samples(client)
         for name, example in EXAMPLES.items():
             if name in ("clear_cache", "clear_all_cache"):  # what follows reads what they delete
                 continue
@@ -95,7 +95,7 @@ def test_a_client_raises_what_a_local_session_raises(name: str, both: tuple[Loca
         assert type(here) is type(there) is not SightlineError, wrong
         assert (here.message, here.param) == (there.message, there.param), wrong
         if not has_tensor(arguments):  # the server itself, without the checks of the client
-            answer = both[1]._http.post(f"{both[1].url}/attribution/{name}", json=arguments)
+            answer = both[1]._http.post(f"{both[1].url}/{operation.path}", json=arguments)
             assert (answer.status_code, answer.json()) == (here.status, here.body()), wrong
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from attribution import checks
 from attribution.errors import InvalidArgument
 from attribution.heads import Head
-from attribution.plots.style import AMOUNT, COLOURS, OTHERS, every
+from attribution.plots.style import AMOUNT, COLOURS, OTHERS, Picture, every
 
 _NAMED = 64  # leaves that have room for a name
 _TO_SPEAK_OF = 0.05  # of the largest mean
@@ -58,7 +58,7 @@ def dendrogram(
     drawn = [group for group in groups if len(group) > 1][: min(shown, len(COLOURS))] or list(groups[:1])
     colours = {head: colour for group, colour in zip(drawn, COLOURS, strict=False) for head in group}
     width = max(1.9 * len(drawn) + 1, min(16.0, 2 + 0.22 * len(heads)), 6.0)
-    figure = Figure(figsize=(width, 6.2), layout="constrained")
+    figure = Picture(figsize=(width, 6.2), layout="constrained")
     spots = GridSpec(2, len(drawn), figure, height_ratios=[1.2, 1])
     tree = figure.add_subplot(spots[0, :])
     _draw_tree(tree, linkage, heads, colours)

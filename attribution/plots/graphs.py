@@ -11,7 +11,7 @@ from matplotlib.patches import FancyArrowPatch
 
 from attribution import checks
 from attribution.errors import InvalidArgument
-from attribution.plots.style import COLOURS, limit_of, numbers, readable
+from attribution.plots.style import COLOURS, Picture, limit_of, numbers, readable
 
 PlainNode = tuple[str, int | float, int | float]
 """(label, depth, column): attention of layer ℓ is at depth ℓ, its MLP at ℓ + ½; columns order the nodes of a depth."""
@@ -49,7 +49,7 @@ def graph_picture(
             )
     places, depths, widest = _places(nodes)
     size = (min(24.0, max(6.5, 3.0 + 0.95 * widest)), min(30.0, 2.0 + 0.75 * len(depths)))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Picture(figsize=size, layout="constrained")
     axes = figure.subplots()
     if edges:
         _draw_edges(axes, places, edges, unit)
@@ -128,7 +128,7 @@ def curves(
     at = numbers("x", x)
     if not ys:
         raise InvalidArgument("ys is empty; there is nothing to draw", param="ys")
-    figure = Figure(figsize=(6.8, 4.2), layout="constrained")
+    figure = Picture(figsize=(6.8, 4.2), layout="constrained")
     axes = figure.subplots()
     for number, (label, values) in enumerate(ys.items()):
         runs = np.atleast_2d(numbers("ys", values))

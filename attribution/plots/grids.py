@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attribution import checks
 from attribution.errors import InvalidArgument
-from attribution.plots.style import OTHERS, numbers
+from attribution.plots.style import OTHERS, Picture, numbers
 from puzzles.puzzle import Grid, GridRanges, Puzzle
 
 _FILL = {"K": "#333333", "B": "#3B6FD4", "G": "#3FA34D", "R": "#D1423A", "Y": "#F2CF45"}
@@ -65,7 +65,7 @@ def grid_attention(
     largest = max(float(one.max()) for one in masses)
     rows, columns = puzzle.shape
     across = -(-len(panels) // 4)  # pairs of grids, in two rows
-    figure = Figure(
+    figure = Picture(
         figsize=(across * 2 * (columns + 0.9) * _CELL, 2 * (rows + 1.3) * _CELL + 0.9), layout="constrained"
     )
     places = figure.subplots(2, across * 2, squeeze=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attribution import checks
 from attribution.errors import InvalidArgument
-from attribution.plots.style import AMOUNT, SIGNED, bare, every, limit_of, numbers, readable
+from attribution.plots.style import AMOUNT, SIGNED, Picture, bare, every, limit_of, numbers, readable
 
 _TICKS = 32  # more than these do not fit side by side
 
@@ -32,7 +32,7 @@ def head_map(
     layers, columns = values.shape
     spread = np.insert(values, columns - 1, np.nan, axis=1)  # a gap before the MLPs
     width, height = min(0.55, 14 / (columns + 1)), min(0.5, 12 / layers)
-    figure = Figure(
+    figure = Picture(
         figsize=(max(4.0, 1.6 + width * (columns + 1)), max(2.6, 1.4 + height * layers)), layout="constrained"
     )
     axes = figure.subplots()
@@ -92,7 +92,7 @@ def pattern_map(
         raise InvalidArgument(f"most_keys is {most_keys}; at least one is drawn", param="most_keys")
     keys = _most(weights, scores, most_keys)
     size = (3.4 + 0.36 * len(keys), max(3.0, 1.8 + 0.2 * min(len(rows), 50)))
-    figure = Figure(figsize=(min(20.0, size[0]), size[1]), layout="constrained")
+    figure = Picture(figsize=(min(20.0, size[0]), size[1]), layout="constrained")
     limit, signed = limit_of(scores), bool((scores < 0).any())
     scales = {"cmap": SIGNED, "vmin": -limit, "vmax": limit} if signed else {"cmap": AMOUNT, "vmin": 0, "vmax": limit}
     drawn = [("attention", weights, "attention (share of a query)", {"cmap": AMOUNT, "vmin": 0, "vmax": 1})]

@@ -1,11 +1,13 @@
 """What the pictures share: colours that all readers tell apart, ticks that stay readable, checks of numbers."""
 
+import io
 from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from attribution.errors import InvalidArgument
@@ -20,6 +22,15 @@ SIGNED, AMOUNT = "RdBu_r", "viridis"
 """Colour maps: of values with a sign, white at 0; of amounts from 0."""
 
 _GAPS = (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 200, 500, 1000)
+
+
+class Picture(Figure):
+    """A figure that a notebook shows by itself: figures that pyplot did not make are otherwise a line of text there."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
 
 
 def numbers(name: str, values: Tensor | np.ndarray | Sequence) -> np.ndarray:

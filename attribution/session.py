@@ -14,7 +14,7 @@ from attribution.means import MeanCache
 from attribution.model.load import LoadSpec, load
 from attribution.model.traced import TracedModel
 from attribution.operation import Operation
-from attribution.operations import ablations, getters, gradients, samples, scores, steering
+from attribution.operations import ablations, getters, gradients, interventions, samples, scores, steering
 from attribution.progress import drive
 from attribution.results import forward_results
 from attribution.steering import VectorStore
@@ -162,6 +162,8 @@ class LocalSession:
     attribute_attn_weights = scores.attribute_attn_weights
     ablate = ablations.ablate
     ablate_sweep = ablations.ablate_sweep
+    knockout = interventions.knockout
+    knockout_sweep = interventions.knockout_sweep
     create_steering_vector = steering.create_steering_vector
     list_steering_vectors = steering.list_steering_vectors
     get_steering_vector = steering.get_steering_vector

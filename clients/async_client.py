@@ -8,7 +8,7 @@ import httpx
 
 from attribution.envelope import Packed
 from attribution.operation import Operation
-from attribution.operations import ablations, getters, gradients, samples, scores, steering
+from attribution.operations import ablations, getters, gradients, interventions, samples, scores, steering
 from attribution.progress import shown
 from attribution.results import batch_arguments, refer
 from clients.options import check, checked_url, http_options, key_headers, load_body, moved, only_model
@@ -138,6 +138,8 @@ class AsyncModelClient:
     attribute_attn_weights = awaited(scores.attribute_attn_weights)
     ablate = awaited(ablations.ablate)
     ablate_sweep = awaited(ablations.ablate_sweep)
+    knockout = awaited(interventions.knockout)
+    knockout_sweep = awaited(interventions.knockout_sweep)
     create_steering_vector = awaited(steering.create_steering_vector)
     list_steering_vectors = awaited(steering.list_steering_vectors)
     get_steering_vector = awaited(steering.get_steering_vector)

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from attribution.operation import Operation
-from attribution.operations import ablations, getters, gradients, samples, scores, steering
+from attribution.operations import ablations, getters, gradients, interventions, samples, scores, steering
 from attribution.progress import shown
 from attribution.results import forward_results
 from clients.options import check, checked_url, http_options, key_headers, load_body, moved, only_model
@@ -140,6 +140,8 @@ class ModelClient:
     attribute_attn_weights = scores.attribute_attn_weights
     ablate = ablations.ablate
     ablate_sweep = ablations.ablate_sweep
+    knockout = interventions.knockout
+    knockout_sweep = interventions.knockout_sweep
     create_steering_vector = steering.create_steering_vector
     list_steering_vectors = steering.list_steering_vectors
     get_steering_vector = steering.get_steering_vector

@@ -61,6 +61,19 @@ BAD_NODE = (
     {"steps": -1},
 )
 
+KNOCKOUT = {
+    "token_ids": PROMPTS[0],
+    "layers": "1:",
+    "heads": [5, 0],
+    "edges": [[-1, 0], ["4:6", 2]],
+    "tokens": [3, " the"],
+}
+BAD_KNOCKOUT = (
+    {"prompt": "both"},
+    {"tokens": ["several tokens"]},
+    {"tokens": [100_000]},
+    {"position": LENGTHS[0]},
+)
 EXAMPLES: dict[str, Example] = {
     "forward": Example(
         SAMPLE | {"sample_id": "new", "prompt": "Hello there"},
@@ -124,6 +137,26 @@ EXAMPLES: dict[str, Example] = {
             {"sets": [{"layers": [1]}]},
             {"mode": "position_mean"},
         ),
+    ),
+    "knockout": Example(
+        KNOCKOUT | {"include_patterns": True, "position": -2, "top_k": 3},
+        (
+            *BAD_KNOCKOUT,
+            {"layers": N_LAYERS},
+            {"layers": "most"},
+            {"heads": [N_HEADS]},
+            {"edges": [[-1, LENGTHS[0]]]},
+            {"edges": [[2, 5]]},
+            {"edges": [[3, "*"]]},
+            {"edges": [[1, 0, 0]]},
+            {"top_k": 0},
+            {"specifications": [{}]},
+        ),
+    ),
+    "knockout_sweep": Example(
+        {name: KNOCKOUT[name] for name in ("token_ids", "tokens")}
+        | {"specifications": [{"layers": 1, "heads": [head]} for head in range(N_HEADS)] + [{"edges": [["*", 1]]}, {}]},
+        (*BAD_KNOCKOUT, {"specifications": []}, {"specifications": [{}, {"heads": [N_HEADS]}]}),
     ),
     "create_steering_vector": Example(
         CONTRAST | {"name": "made", "selector": "resid_post[1:]", "normalise": "unit", "overwrite": True},

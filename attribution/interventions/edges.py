@@ -237,12 +237,23 @@ def parse_selection(value: object) -> Side | list[Any]:
         raise ValueError("a number, a list of numbers, a range as '3:7', or 'all' is expected") from None
 
 
+def _plain(side: Side | list[Any]) -> Any:
+    return str(side) if isinstance(side, Span) else side
+
+
+def _edge(value: object) -> list[Any]:
+    edge = EdgeSpec.parse(value)
+    return [_plain(edge.query), _plain(edge.key)]
+
+
 _SIDE_SCHEMA = int | str | dict[str, int]
 
-EdgeArg = Annotated[EdgeSpec, BeforeValidator(EdgeSpec.parse, json_schema_input_type=tuple[_SIDE_SCHEMA, _SIDE_SCHEMA])]
-"""An edge as the argument of an operation or in the body of a request."""
+EdgeArg = Annotated[list[Any], BeforeValidator(_edge, json_schema_input_type=tuple[_SIDE_SCHEMA, _SIDE_SCHEMA])]
+"""An edge in an argument, checked and left as plain data: `EdgeSpec.parse` reads it."""
 Selection = Annotated[
-    Side | list[Index],
-    BeforeValidator(parse_selection, json_schema_input_type=int | list[int] | str | dict[str, int]),
+    int | str | list[Index],
+    BeforeValidator(
+        lambda value: _plain(parse_selection(value)), json_schema_input_type=int | list[int] | str | dict[str, int]
+    ),
 ]
-"""Numbers of layers: one, a list, a range, or "all"."""
+"""Layers in an argument, checked and left as plain data: `parse_selection` reads it."""

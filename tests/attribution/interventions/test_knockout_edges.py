@@ -158,7 +158,9 @@ def test_only_the_queries_at_hand_are_looked_at():
 
 def test_an_edge_is_an_argument_with_a_schema():
     adapter = TypeAdapter(list[EdgeArg])
-    assert adapter.validate_python([[-1, "3:7"]]) == [EdgeSpec(-1, Span(3, 7))]
+    for given in ([[-1, "3:7"]], [(-1, {"start": 3, "stop": 7})]):
+        assert adapter.validate_python(given) == [[-1, "3:7"]]
+    assert EdgeSpec.parse([-1, "3:7"]) == EdgeSpec(-1, Span(3, 7))
     assert adapter.json_schema()["items"]["prefixItems"][0]["anyOf"][0] == {"type": "integer"}
     with pytest.raises(ValidationError, match="an edge is"):
         adapter.validate_python([[1]])
@@ -170,7 +172,7 @@ def test_an_edge_is_an_argument_with_a_schema():
 )
 def test_layers_are_one_a_list_a_range_or_all(given: object, expected: object):
     assert parse_selection(given) == expected
-    assert TypeAdapter(Selection).validate_python(given) == expected
+    assert parse_selection(TypeAdapter(Selection).validate_python(given)) == expected
 
 
 @pytest.mark.parametrize("given", [1.5, "every", None, [1.5], ["a"]])

@@ -14,7 +14,7 @@ from attribution.means import MeanCache
 from attribution.model.load import LoadSpec, load
 from attribution.model.traced import TracedModel
 from attribution.operation import Operation
-from attribution.operations import ablations, getters, gradients, interventions, samples, scores, steering
+from attribution.operations import ablations, getters, gradients, interventions, patching, samples, scores, steering
 from attribution.progress import drive
 from attribution.results import forward_results
 from attribution.steering import VectorStore
@@ -157,11 +157,14 @@ class LocalSession:
     compute_node_gradient = gradients.compute_node_gradient
     node_gradient_report = gradients.node_gradient_report
     compute_node_gradient_batch = gradients.compute_node_gradient_batch
+    gradient_x_activation = gradients.gradient_x_activation
     attribute_residual = scores.attribute_residual
     attribute_residual_terms = scores.attribute_residual_terms
     attribute_attn_weights = scores.attribute_attn_weights
     ablate = ablations.ablate
     ablate_sweep = ablations.ablate_sweep
+    patch = patching.patch
+    patch_sweep = patching.patch_sweep
     knockout = interventions.knockout
     knockout_sweep = interventions.knockout_sweep
     create_steering_vector = steering.create_steering_vector

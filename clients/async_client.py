@@ -8,7 +8,7 @@ import httpx
 
 from attribution.envelope import Packed
 from attribution.operation import Operation
-from attribution.operations import ablations, getters, gradients, interventions, samples, scores, steering
+from attribution.operations import ablations, getters, gradients, interventions, patching, samples, scores, steering
 from attribution.progress import shown
 from attribution.results import batch_arguments, refer
 from clients.options import check, checked_url, http_options, key_headers, load_body, moved, only_model
@@ -133,11 +133,14 @@ class AsyncModelClient:
     compute_node_gradient = awaited(gradients.compute_node_gradient)
     node_gradient_report = awaited(gradients.node_gradient_report)
     compute_node_gradient_batch = awaited(gradients.compute_node_gradient_batch)
+    gradient_x_activation = awaited(gradients.gradient_x_activation)
     attribute_residual = awaited(scores.attribute_residual)
     attribute_residual_terms = awaited(scores.attribute_residual_terms)
     attribute_attn_weights = awaited(scores.attribute_attn_weights)
     ablate = awaited(ablations.ablate)
     ablate_sweep = awaited(ablations.ablate_sweep)
+    patch = awaited(patching.patch)
+    patch_sweep = awaited(patching.patch_sweep)
     knockout = awaited(interventions.knockout)
     knockout_sweep = awaited(interventions.knockout_sweep)
     create_steering_vector = awaited(steering.create_steering_vector)

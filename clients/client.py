@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from attribution.operation import Operation
-from attribution.operations import ablations, getters, gradients, interventions, samples, scores, steering
+from attribution.operations import ablations, getters, gradients, interventions, patching, samples, scores, steering
 from attribution.progress import shown
 from attribution.results import forward_results
 from clients.options import check, checked_url, http_options, key_headers, load_body, moved, only_model
@@ -135,11 +135,14 @@ class ModelClient:
     compute_node_gradient = gradients.compute_node_gradient
     node_gradient_report = gradients.node_gradient_report
     compute_node_gradient_batch = gradients.compute_node_gradient_batch
+    gradient_x_activation = gradients.gradient_x_activation
     attribute_residual = scores.attribute_residual
     attribute_residual_terms = scores.attribute_residual_terms
     attribute_attn_weights = scores.attribute_attn_weights
     ablate = ablations.ablate
     ablate_sweep = ablations.ablate_sweep
+    patch = patching.patch
+    patch_sweep = patching.patch_sweep
     knockout = interventions.knockout
     knockout_sweep = interventions.knockout_sweep
     create_steering_vector = steering.create_steering_vector

@@ -3,7 +3,6 @@
 A new operation takes three lines here: its name, the arguments, and what of them can be wrong.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +126,10 @@ EXAMPLES: dict[str, Example] = {
     "ablate": Example(
         SAMPLE | ANSWER | {"heads": [(0, 1), (2, 5)], "mlps": [1], "mode": "mean", "pos_ids": [1, 2, 3]},
         (*ABSENT, {"heads": [(0, N_HEADS)]}, {"heads": [0]}, {"mlps": [N_LAYERS]}, {"mode": "noise"}, {"labels": [5]}),
+    ),
+    "gradient_x_activation": Example(
+        SAMPLE | ANSWER | {"pos_ids": [1, 2, 3], "mode": "mean"},
+        (*ABSENT, *POSITIONS, {"labels": None}, {"labels": [5]}, {"mode": "noise"}, {"mode": "position_mean"}),
     ),
     "ablate_sweep": Example(
         SAMPLE | ANSWER | {"sets": [{"heads": [(0, 1)]}, {"mlps": [1]}, {}], "mode": "mean", "pos_ids": [1, 2, 3]},

@@ -4,6 +4,7 @@ Positions count from 0 in the sample's tokens. Log-probabilities are in nats, an
 Gradients are float32, or float64 when the model is.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,8 +15,10 @@ from attribution.arguments import DatasetId, Index, Positions, SampleId, TensorA
 from attribution.errors import InvalidArgument
 from attribution.gradients import NodeQuery, node_gradient, node_report
 from attribution.integrate import Integrated, Rule
+from attribution.model.whole_gradient import whole_gradient
 from attribution.operation import Progress, Steps, operation
 from attribution.operations.devices import on_device
+from attribution.patching import log_probability, product_with
 from attribution.store import StoredSample
 
 if TYPE_CHECKING:
@@ -167,3 +170,38 @@ def _samples(session: "LocalSession", dataset_id: str, sample_id: int | str | No
     """The sample, or all of the dataset."""
     ids = session.sample_ids(dataset_id) if sample_id is None else [sample_id]
     return [session.sample(dataset_id, one) for one in ids]
+
+
+@operation()
+def gradient_x_activation(
+    session: "LocalSession",
+    dataset_id: DatasetId,
+    sample_id: SampleId,
+    labels: Positions | None = None,
+    candidate_ids: Positions | None = None,
+    pos_ids: Positions | None = None,
+    mode: Literal["zero", "mean", "position_mean"] = "zero",
+    show_progress: bool = False,
+    device: str = "cpu",
+) -> Steps[Tensor]:
+    """Attribution patching: the linear estimate of what `ablate` would take away, for every head and MLP at once.
+
+    Σ_p ⟨∂O/∂z[p], z[p] − z̄[p]⟩ with O the labels' summed log-probability, its gradient through the whole model as it
+    is, norms included, and z̄ what `ablate` puts in place. The estimate that others are to be better than.
+
+    Args:
+        labels, candidate_ids, pos_ids: as in `ablate`.
+        mode: "zero", "mean" or "position_mean", as in `ablate`.
+
+    Returns:
+        `[layers, heads + 1]`, the MLP in the last column; nats.
+    """
+    model, sample = session.model, session.sample(dataset_id, sample_id)
+    positions = checks.positions("pos_ids", pos_ids, sample.seq_len)
+    chosen = checks.answer(model.dimensions.d_vocab, labels, candidate_ids, len(positions))
+    means = None
+    if mode != "zero":
+        means = yield from session.means.get(session, dataset_id, per_position=mode == "position_mean")
+    objective = partial(log_probability, labels=chosen, candidate_ids=candidate_ids)
+    passed, grads = whole_gradient(model, sample.token_ids, positions, objective)
+    return on_device(product_with(passed, grads, means, model.work_dtype), device)

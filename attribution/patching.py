@@ -1,0 +1,31 @@
+"""Attribution patching: the change of an objective when components write something else, to first order.
+
+⟨∂O/∂a, a − ā⟩ summed over positions, with a what a component wrote, ā what would take its place, and the gradient that
+of the whole model (Nanda 2023, "Attribution patching"). With ā = 0 it is gradient × activation.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attribution.means import Means
+from attribution.model.whole_gradient import Passed
+
+
+def log_probability(
+    logits: Float[Tensor, "pos vocab"], labels: list[int], candidate_ids: list[int] | None
+) -> Float[Tensor, ""]:
+    """Σ_i log softmax_C(logits_i)[label_i] in float64; `labels` index the candidates (`checks.answer`)."""
+    chosen = logits.double() if candidate_ids is None else logits.double()[:, candidate_ids]
+    return chosen.log_softmax(-1).gather(-1, torch.tensor(labels, device=logits.device)[:, None]).sum()
+
+
+def product_with(
+    passed: Passed, grads: Passed, means: Means | None, dtype: torch.dtype
+) -> Float[Tensor, "layer column"]:
+    """⟨gradient, activation − mean⟩ of each head, and of the MLP in the last column; means of None are 0."""
+    heads, mlps = passed.z.to(dtype), passed.mlp_out.to(dtype)
+    if means is not None:
+        heads, mlps = heads - means.z, mlps - means.mlp_out
+    of_heads = (heads * grads.z).sum((1, 3))
+    return torch.cat([of_heads, (mlps * grads.mlp_out).sum((1, 2))[:, None]], dim=1)

@@ -4,7 +4,7 @@ The figures are matplotlib's, made without pyplot, so that no window opens and n
 """
 
 from attribution.plots.clusters import dendrogram
-from attribution.plots.graphs import PlainEdge, PlainNode, curves, graph_picture
+from attribution.plots.graphs import PlainEdge, PlainNode, curves, graph_map, graph_picture
 from attribution.plots.grids import grid_attention
 from attribution.plots.interactive import interactive_head_map, interactive_pattern_map
 from attribution.plots.maps import head_map, pattern_map
@@ -14,6 +14,7 @@ __all__ = [
     "PlainNode",
     "curves",
     "dendrogram",
+    "graph_map",
     "graph_picture",
     "grid_attention",
     "head_map",

@@ -10,7 +10,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 
 from attribution import checks
-from attribution.errors import InvalidArgument
+from attribution.errors import InvalidArgument, OutOfRange
+from attribution.graph import Graph
+from attribution.nodes import Node
 from attribution.plots.style import COLOURS, Picture, limit_of, numbers, readable
 
 PlainNode = tuple[str, int | float, int | float]
@@ -23,8 +25,77 @@ _POSITIVE, _NEGATIVE = COLOURS[0], COLOURS[1]
 _WIDEST = 7.0  # points
 
 
+def graph_map(graph: Graph, title: str, *, most: int = 40, unit: str = "attribution (nats)") -> Figure:
+    """The heads and MLPs of a graph and what flows between them, as `graph_picture` draws it.
+
+    The paths of a head (q, k, v) are one node here, as are the branches of an MLP. The score of an edge from A to B is
+    the sum over the paths of B of what A adds through each of them: all that A adds to the objective through B next.
+
+    Args:
+        graph: its edges have scores, as `Graph.expand` gives them.
+        most: how many edges are drawn, the greatest by size; what share they hold is said below.
+
+    Raises:
+        InvalidArgument: there is no node or no score, or the paths of a head have different scores to one node.
+        OutOfRange: `most` is below 1.
+    """
+    if most < 1:
+        raise OutOfRange(f"most is {most}; at least one edge is drawn", param="most")
+    parts = list(dict.fromkeys(_part(node) for node in graph.nodes))
+    number = {part: at for at, part in enumerate(parts)}
+    flows = sorted(_flows(graph).items(), key=lambda flow: -abs(flow[1]))
+    edges = [(number[source], number[target], score) for (source, target), score in flows[:most]]
+    rows = {depth: _row(label, depth) for label, depth, _ in parts}
+    figure = graph_picture(parts, edges, title, unit=unit, rows=rows)
+    if len(flows) > most:
+        share = sum(abs(score) for _, score in flows[:most]) / sum(abs(score) for _, score in flows)
+        figure.axes[0].set_xlabel(f"the {most} largest of {len(flows)} edges, {share:.0%} of the sum of their sizes")
+    return figure
+
+
+def _part(node: Node) -> PlainNode:
+    """The head or MLP that a node is a path of."""
+    if node.type == "lm_head":
+        return "answer", node.depth, 0
+    mlp = node.type.startswith("mlp")
+    return f"MLP {node.layer}" if mlp else f"{node.layer}.{node.head}", node.depth, node.head
+
+
+def _row(label: str, depth: float) -> str:
+    return "output" if label == "answer" else f"MLP {int(depth)}" if label.startswith("MLP") else f"layer {int(depth)}"
+
+
+def _flows(graph: Graph) -> dict[tuple[PlainNode, PlainNode], float]:
+    """What each head and MLP adds through each that it feeds."""
+    through: dict[tuple[PlainNode, Node], float] = {}
+    for source, target in graph.edges:
+        score = graph.score(source, target)
+        if score is None:
+            raise InvalidArgument(
+                f"the edge from {source} to {target} has no score; g.add_node(node, downstream, scores) gives it one, "
+                "as g.expand does",
+                param="graph",
+            )
+        known = through.setdefault((_part(source), target), score)
+        if known != score:
+            raise InvalidArgument(
+                f"the paths of {_part(source)[0]} have the scores {known:g} and {score:g} to {target}; one node stands "
+                "for them here: graph_picture draws nodes and edges as you choose them",
+                param="graph",
+            )
+    flows: dict[tuple[PlainNode, PlainNode], float] = defaultdict(float)
+    for (source, target), score in through.items():
+        flows[source, _part(target)] += score
+    return flows
+
+
 def graph_picture(
-    nodes: Sequence[PlainNode], edges: Sequence[PlainEdge], title: str, *, unit: str = "attribution (nats)"
+    nodes: Sequence[PlainNode],
+    edges: Sequence[PlainEdge],
+    title: str,
+    *,
+    unit: str = "attribution (nats)",
+    rows: Mapping[float, str] | None = None,
 ) -> Figure:
     """Nodes with their layers upwards; an edge is as wide as its score is large, blue when positive, orange when not.
 
@@ -32,6 +103,7 @@ def graph_picture(
         nodes: one row per depth that occurs, in the order of their columns.
         edges: each goes upwards.
         unit: what the scores mean.
+        rows: what is written beside the rows, by their depth; None is the depths.
 
     Raises:
         InvalidArgument: there is no node, or an edge does not go upwards (in a cycle at least one does not).
@@ -57,10 +129,9 @@ def graph_picture(
         box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": "black", "linewidth": 0.8}
         font = max(5.0, min(9.0, 9 * 20 / (widest + 1)))
         axes.text(x, y, readable(label).replace("·", " "), ha="center", va="center", fontsize=font, bbox=box, zorder=3)
-    axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
-    axes.set(
-        xlim=(-0.9, widest - 0.1), ylim=(-0.6, len(depths) - 0.4), ylabel="depth (layer; its MLP at ½)", title=title
-    )
+    axes.set_yticks(range(len(depths)), [f"{depth:g}" if rows is None else rows[depth] for depth in depths])
+    axes.set(xlim=(-0.9, widest - 0.1), ylim=(-0.6, len(depths) - 0.4), title=title)
+    axes.set_ylabel("depth (layer; its MLP at ½)" if rows is None else "")
     axes.set_xticks([])
     for side in ("top", "right", "bottom"):
         axes.spines[side].set_visible(False)
@@ -93,18 +164,27 @@ def _draw_edges(axes: Axes, places: Sequence[tuple[float, float]], edges: Sequen
                 (to_x, high),
                 arrowstyle="-",
                 connectionstyle=f"arc3,rad={bend}",
-                linewidth=max(0.3, _WIDEST * abs(score) / largest),
-                color=_POSITIVE if score >= 0 else _NEGATIVE,
+                linewidth=_width(score, largest),
+                color=_colour(score),
                 alpha=0.55,
                 zorder=1,
                 gid=f"{source}-{target}",
             )
         )
-    signs = [_POSITIVE] if all(score >= 0 for *_, score in edges) else [_POSITIVE, _NEGATIVE]
-    samples = [(share, colour) for colour in signs for share in (1, 0.25)]
-    lines = [Line2D([], [], linewidth=_WIDEST * share, color=colour, alpha=0.55) for share, colour in samples]
-    texts = [f"{share * largest * (1 if colour == _POSITIVE else -1):.2g}" for share, colour in samples]
+    greatest, least = max(score for *_, score in edges), min(score for *_, score in edges)
+    samples = [greatest, greatest / 4] if greatest >= 0 else []
+    samples += [least] if least < 0 else []
+    lines = [Line2D([], [], color=_colour(one), linewidth=_width(one, largest), alpha=0.55) for one in samples]
+    texts = [f"{one:.2g}" for one in samples]
     axes.legend(lines, texts, title=unit, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, labelspacing=0.9)
+
+
+def _width(score: float, largest: float) -> float:
+    return max(0.3, _WIDEST * abs(score) / largest)
+
+
+def _colour(score: float) -> str:
+    return _POSITIVE if score >= 0 else _NEGATIVE
 
 
 def curves(

@@ -20,6 +20,7 @@ _FILL = {"K": "#333333", "B": "#3B6FD4", "G": "#3FA34D", "R": "#D1423A", "Y": "#
 _LETTER = {"K": "white", "B": "white", "G": "black", "R": "white", "Y": "black"}
 _FRAME = "#E040FB"  # no colour of a cell
 _CELL = 0.42  # inches
+_RADIUS = 0.38  # of the largest disc, in cells: it leaves the letter in the corner free
 _SEEN = 0.003  # of the largest disc: what is smaller would be a dot
 
 
@@ -64,14 +65,14 @@ def grid_attention(
     masses = [_cells(mass, panel.ranges) for panel in panels]
     largest = max(float(one.max()) for one in masses)
     rows, columns = puzzle.shape
-    across = -(-len(panels) // 4)  # pairs of grids, in two rows
+    across = -(-len(panels) // 4)  # pairs of grids, in two rows that are read one after the other
     figure = Picture(
         figsize=(across * 2 * (columns + 0.9) * _CELL, 2 * (rows + 1.3) * _CELL + 0.9), layout="constrained"
     )
     places = figure.subplots(2, across * 2, squeeze=False)
     for axes in places.flat:
         axes.axis("off")
-    order = [cast(Axes, places[pair % 2, pair // 2 * 2 + side]) for pair in range(len(panels) // 2) for side in (0, 1)]
+    order = [cast(Axes, one) for one in places.flat][: len(panels)]
     for axes, panel, cells in zip(order, panels, masses, strict=True):
         _draw(axes, panel, cells / (largest or 1), queries)
         axes.set_title(f"{panel.name}\n{cells.sum() / mass.sum():.0%}", fontsize=9)
@@ -130,9 +131,9 @@ def _draw(axes: Axes, panel: _Panel, sizes: np.ndarray, queries: Sequence[int]) 
             Rectangle((column, row), 1, 1, facecolor=_FILL[letter] if seen else "#EEEEEE", edgecolor="white")
         )
         colour = _LETTER[letter] if seen else OTHERS
-        axes.text(column + 0.1, row + 0.12, letter, color=colour, ha="left", va="top", fontsize=6)
+        axes.text(column + 0.06, row + 0.06, letter, color=colour, ha="left", va="top", fontsize=6)
         if size > _SEEN:
-            axes.add_patch(Circle((column + 0.5, row + 0.5), 0.46 * size**0.5, facecolor="white", edgecolor="black"))
+            axes.add_patch(Circle((column + 0.5, row + 0.5), _RADIUS * size**0.5, facecolor="white", edgecolor="black"))
     for row, column in np.ndindex(rows, columns):
         if panel.name == "answer" and panel.ranges[row][column][0] - 1 in queries:
             axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=_FRAME, linewidth=2.5))

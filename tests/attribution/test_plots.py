@@ -153,7 +153,7 @@ def panel(figure: Figure, name: str) -> Axes:
 def discs(axes: Axes) -> dict[tuple[float, float], float]:
     """The area of the discs by the middle of their cells, as a share of a full one."""
     circles = [one for one in axes.patches if isinstance(one, Circle)]
-    return {tuple(map(float, one.center)): pytest.approx((one.radius / 0.46) ** 2) for one in circles}
+    return {tuple(map(float, one.center)): pytest.approx((one.radius / 0.38) ** 2) for one in circles}
 
 
 def test_discs_lie_on_the_cells_that_a_query_looks_at():
@@ -193,6 +193,17 @@ def test_cells_have_their_colours_and_unseen_cells_of_the_answer_none():
     assert colours("answer") == [fills[letter] for letter in puzzle.answers[:5]] + ["#eeeeee"] * 7
     frames = [one for one in panel(figure, "answer").patches if isinstance(one, Rectangle) and not one.get_fill()]
     assert [one.get_xy() for one in frames] == [(1, 1)]
+
+
+def test_grids_are_read_row_by_row_each_input_beside_its_output():
+    result_ = result()
+    assert result_.puzzle is not None
+    figure = drawn(grid_attention(result_.puzzle, looking_at((3, 4), weights=[1.0]), result_.query_positions[:1], "t"))
+    names = ["input 1", "output 1", "input 2", "output 2", "input 3", "output 3", "test input", "answer"]
+    places = [panel(figure, name).get_position() for name in names]
+    assert (
+        sorted(names, key=lambda name: (-round(places[names.index(name)].y0, 2), places[names.index(name)].x0)) == names
+    )
 
 
 def test_several_queries_are_averaged():

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from attribution.errors import InvalidRequest, NotFound, SightlineError
+from attribution.errors import InvalidArgument, InvalidRequest, NotFound, SightlineError
 from server.commands.inspect_file import inspect
+from server.commands.knockout import knockout
 from server.commands.models import models
 from server.commands.runs import runs
 from server.commands.serve import serve
@@ -33,7 +34,7 @@ class OneLineErrors(TyperGroup):
         except TyperException as error:
             _fail(error.format_message(), error.exit_code)
         except SightlineError as error:
-            _fail(error.message, 2 if isinstance(error, InvalidRequest | NotFound) else 1)
+            _fail(error.message, 2 if isinstance(error, InvalidArgument | InvalidRequest | NotFound) else 1)
         except ValidationError as error:
             faults = (f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors(include_url=False))
             _fail("; ".join(faults), 2)
@@ -49,7 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, models, runs, inspect):
+for command in (serve, models, runs, inspect, knockout):
     app.command()(command)
 
 

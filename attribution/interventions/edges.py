@@ -221,23 +221,25 @@ def check_edges(
             refuse_empty_rows(removed, queries, layer=layer, window=window)
 
 
-def parse_selection(value: object) -> Side | list[Any]:
-    """One number, a list of them, a range, or "all".
+def parse_selection(value: object) -> Side | list[Side]:
+    """One number, a range, a list of either, or "all".
 
     Raises:
         ValueError: it is something else.
     """
     if value == "all":
         return Span()
-    if isinstance(value, list | tuple | range):
-        return list(value)
     try:
+        if isinstance(value, list | tuple | range):
+            return [parse_side(one) for one in value]
         return parse_side(value)
     except ValueError:
-        raise ValueError("a number, a list of numbers, a range as '3:7', or 'all' is expected") from None
+        raise ValueError("a number, a range as '3:7', a list of either, or 'all' is expected") from None
 
 
-def _plain(side: Side | list[Any]) -> Any:
+def _plain(side: Side | list[Side]) -> Any:
+    if isinstance(side, list):
+        return [_plain(one) for one in side]
     return str(side) if isinstance(side, Span) else side
 
 
@@ -251,9 +253,9 @@ _SIDE_SCHEMA = int | str | dict[str, int]
 EdgeArg = Annotated[list[Any], BeforeValidator(_edge, json_schema_input_type=tuple[_SIDE_SCHEMA, _SIDE_SCHEMA])]
 """An edge in an argument, checked and left as plain data: `EdgeSpec.parse` reads it."""
 Selection = Annotated[
-    int | str | list[Index],
+    int | str | list[int | str],
     BeforeValidator(
-        lambda value: _plain(parse_selection(value)), json_schema_input_type=int | list[int] | str | dict[str, int]
+        lambda value: _plain(parse_selection(value)), json_schema_input_type=_SIDE_SCHEMA | list[_SIDE_SCHEMA]
     ),
 ]
 """Layers in an argument, checked and left as plain data: `parse_selection` reads it."""

@@ -96,7 +96,14 @@ def test_without_arguments_it_is_the_middle_layer_all_heads_and_the_last_edge_to
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [("all", [0, 1, 2]), (-1, [2]), ("1:", [1, 2]), ({"start": 0, "stop": 2}, [0, 1]), ([2, 0, 2], [0, 2]), (1, [1])],
+    [
+        ("all", [0, 1, 2]),
+        (-1, [2]),
+        ("1:", [1, 2]),
+        ({"start": 0, "stop": 2}, [0, 1]),
+        ([2, 0, 2], [0, 2]),
+        ([0, "2:"], [0, 2]),
+    ],
 )
 def test_layers_are_named_in_several_ways(session: LocalSession, given: Any, expected: list[int]):
     assert session.knockout(token_ids=IDS, layers=given)["layers"] == expected
@@ -237,7 +244,7 @@ def test_a_long_shared_part_is_fed_in_pieces(session: LocalSession, monkeypatch:
         ({"layers": "1:9"}, OutOfRange, "a layer is 1:9"),
         ({"layers": [0, 5]}, OutOfRange, "a layer is 5"),
         ({"layers": []}, InvalidArgument, "layers is empty"),
-        ({"layers": "some"}, InvalidArgument, "layers: a number, a list of numbers, a range as '3:7', or 'all'"),
+        ({"layers": "some"}, InvalidArgument, "layers: a number, a range as '3:7', a list of either, or 'all'"),
         ({"heads": [6]}, OutOfRange, "heads is 6; the heads of tiny-qwen3 are 0 to 5"),
         ({"heads": []}, InvalidArgument, "heads is empty"),
         ({"position": 7}, OutOfRange, "position is 7; the positions of this prompt are 0 to 6, and -1 to -7"),

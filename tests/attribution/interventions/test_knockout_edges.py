@@ -168,7 +168,7 @@ def test_an_edge_is_an_argument_with_a_schema():
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [(3, 3), ("all", Span()), ("*", Span()), ("1:", Span(1)), ([1, 2], [1, 2]), (range(2), [0, 1]), (-1, -1)],
+    [(3, 3), ("all", Span()), ("*", Span()), ("1:", Span(1)), ([1, "2:"], [1, Span(2)]), (range(2), [0, 1]), (-1, -1)],
 )
 def test_layers_are_one_a_list_a_range_or_all(given: object, expected: object):
     assert parse_selection(given) == expected

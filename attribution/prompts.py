@@ -110,6 +110,30 @@ def only_given(given: Mapping[str, object]) -> str:
     return names[0]
 
 
+def token_id_of(model: TracedModel, token: int | str, name: str) -> int:
+    """The id of a token given by its id or by a text that is this one token; `name` is the argument.
+
+    Raises:
+        OutOfRange: an id that is not in the vocabulary.
+        InvalidArgument: a text of none or several tokens.
+    """
+    if not isinstance(token, str):
+        return checks.in_range(name, token, model.dimensions.d_vocab, f"the token ids of {model.id}")
+    found = model.tokenizer.encode(token, add_special_tokens=False)
+    if len(found) != 1:
+        raise InvalidArgument(
+            f"the text {token!r} is {len(found)} tokens of {model.id}, {found[:8]}; a text of one token is expected "
+            "(many begin with a space), or an id",
+            param=name,
+        )
+    return int(found[0])
+
+
+def token_text(model: TracedModel, token: int) -> str:
+    """A token as text."""
+    return str(model.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+
 def _templated(model: TracedModel, messages: list[Message], name: str) -> list[int]:
     tokenizer = model.tokenizer
     if tokenizer.chat_template is None:

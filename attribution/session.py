@@ -14,7 +14,17 @@ from attribution.means import MeanCache
 from attribution.model.load import LoadSpec, load
 from attribution.model.traced import TracedModel
 from attribution.operation import Operation
-from attribution.operations import ablations, getters, gradients, interventions, patching, samples, scores, steering
+from attribution.operations import (
+    ablations,
+    getters,
+    gradients,
+    interventions,
+    lens,
+    patching,
+    samples,
+    scores,
+    steering,
+)
 from attribution.progress import drive
 from attribution.results import forward_results
 from attribution.steering import VectorStore
@@ -171,4 +181,5 @@ class LocalSession:
     list_steering_vectors = steering.list_steering_vectors
     get_steering_vector = steering.get_steering_vector
     delete_steering_vector = steering.delete_steering_vector
+    lens = lens.lens
     forward_results = forward_results

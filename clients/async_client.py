@@ -8,7 +8,17 @@ import httpx
 
 from attribution.envelope import Packed
 from attribution.operation import Operation
-from attribution.operations import ablations, getters, gradients, interventions, patching, samples, scores, steering
+from attribution.operations import (
+    ablations,
+    getters,
+    gradients,
+    interventions,
+    lens,
+    patching,
+    samples,
+    scores,
+    steering,
+)
 from attribution.progress import shown
 from attribution.results import batch_arguments, refer
 from clients.options import check, checked_url, http_options, key_headers, load_body, moved, only_model
@@ -147,3 +157,4 @@ class AsyncModelClient:
     list_steering_vectors = awaited(steering.list_steering_vectors)
     get_steering_vector = awaited(steering.get_steering_vector)
     delete_steering_vector = awaited(steering.delete_steering_vector)
+    lens = awaited(lens.lens)

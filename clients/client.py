@@ -11,7 +11,17 @@ from typing import Any
 import httpx
 
 from attribution.operation import Operation
-from attribution.operations import ablations, getters, gradients, interventions, patching, samples, scores, steering
+from attribution.operations import (
+    ablations,
+    getters,
+    gradients,
+    interventions,
+    lens,
+    patching,
+    samples,
+    scores,
+    steering,
+)
 from attribution.progress import shown
 from attribution.results import forward_results
 from clients.options import check, checked_url, http_options, key_headers, load_body, moved, only_model
@@ -149,4 +159,5 @@ class ModelClient:
     list_steering_vectors = steering.list_steering_vectors
     get_steering_vector = steering.get_steering_vector
     delete_steering_vector = steering.delete_steering_vector
+    lens = lens.lens
     forward_results = forward_results

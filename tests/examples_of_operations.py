@@ -186,6 +186,21 @@ EXAMPLES: dict[str, Example] = {
     "list_steering_vectors": Example({}, (), ("vectors",)),
     "get_steering_vector": Example({"name": "kept"}, ({"name": "absent"}, {"name": "a/b"}), ("provenance",)),
     "delete_steering_vector": Example({"name": "gone"}, ({"name": "absent"}, {"name": ".x"}), ("bytes_freed",)),
+    "lens": Example(
+        {"token_ids": PROMPTS[0], "layers": [0, -1], "positions": "-3:", "top_k": 2, "tokens": [7, " the"]},
+        (
+            {"token_ids": None},
+            {"prompt": "x"},
+            {"dataset_id": DATASET},
+            {"token_ids": None, "dataset_id": DATASET},
+            {"token_ids": None, "dataset_id": DATASET, "sample_id": 99},
+            {"layers": N_LAYERS + 1},
+            {"layers": "first"},
+            {"positions": [0, -LENGTHS[0]]},
+            {"top_k": 0},
+            {"tokens": ["two words"]},
+        ),
+    ),
 }
 
 

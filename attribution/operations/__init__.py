@@ -1,11 +1,11 @@
 """The operations: everything that a session can be asked, each declared once (`attribution.operation`)."""
 
 from attribution.operation import Operation
-from attribution.operations import ablations, getters, gradients, interventions, samples, scores, steering
+from attribution.operations import ablations, getters, gradients, interventions, lens, samples, scores, steering
 
 OPERATIONS: dict[str, Operation] = {
     value.name: value
-    for module in (samples, getters, gradients, scores, ablations, steering, interventions)
+    for module in (samples, getters, gradients, scores, ablations, steering, interventions, lens)
     for value in vars(module).values()
     if isinstance(value, Operation)
 }

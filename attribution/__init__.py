@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attribution.faithful import eliminate, faithfulness, faithfulness_curves
     from attribution.graph import Graph
     from attribution.heads import cluster_heads, compute_js_matrix
     from attribution.nodes import Node
@@ -31,6 +32,9 @@ __all__ = [
     "cluster_heads",
     "compute_js_matrix",
     "einsum",
+    "eliminate",
+    "faithfulness",
+    "faithfulness_curves",
     "forward_results",
     "get_attn_weights",
     "get_head_output",
@@ -42,6 +46,7 @@ __all__ = [
 ]
 
 _NAMES = {
+    "faithful": "eliminate faithfulness faithfulness_curves",
     "graph": "Graph",
     "heads": "cluster_heads compute_js_matrix",
     "nodes": "Node",

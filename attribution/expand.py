@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -54,6 +55,7 @@ class Limits:
     budget: int
     order: Literal["score", "depth"]
     types: tuple[str, ...]
+    heads: frozenset[tuple[int, int]] | None
 
     def check(self) -> None:
         """Raises: OutOfRange, InvalidArgument, naming the argument."""
@@ -84,6 +86,8 @@ def expand(
         raise InvalidArgument("results is empty; a graph is grown from at least one", param="results")
     for r in results:
         graph.scope.admit(r, model)
+    for layer, head in limits.heads or ():
+        graph.scope.check_model(model).check(layer, head, "attn_v")
     graph.add_node(Node.of(graph, graph.scope.check_model(model).n_layers, 0, "lm_head"))
     _compute_followed(graph, results, model, options)
     cut: set[Node] = set()
@@ -132,7 +136,7 @@ def _follow(graph: "Graph", node: Node, scores: Float[Tensor, "layer column"], l
         graph.add_node(one, [node], [float(scores[one.component])])
     there, whole = set(components(graph)), True
     heads = scores.shape[1] - 1
-    for layer, head in _greatest(scores, limits.k, limits.threshold):
+    for layer, head in _greatest(_allowed(scores, limits.heads), limits.k, limits.threshold):
         if (layer, head) not in there and len(there) >= limits.budget:
             whole = False
             continue
@@ -144,6 +148,19 @@ def _follow(graph: "Graph", node: Node, scores: Float[Tensor, "layer column"], l
                 graph.add_node(path, [node], [float(scores[layer, head])])
                 _follow_again(graph, path, cut)
     return whole
+
+
+def _allowed(
+    scores: Float[Tensor, "layer column"], heads: frozenset[tuple[int, int]] | None
+) -> Float[Tensor, "layer column"]:
+    """The scores with 0 for heads that may not enter; MLPs may."""
+    if heads is None:
+        return scores
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    kept[:, -1] = True
+    for one in heads:
+        kept[one] = True
+    return scores * kept
 
 
 def _greatest(scores: Float[Tensor, "layer column"], k: int, threshold: float) -> list[tuple[int, int]]:

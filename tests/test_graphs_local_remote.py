@@ -16,6 +16,9 @@ from attribution import (
     attribute_attn_weights,
     attribute_residual,
     attribute_step,
+    eliminate,
+    faithfulness,
+    faithfulness_curves,
     get_attn_weights,
     get_head_output,
     get_hidden_states,
@@ -70,6 +73,12 @@ def script(model: Any, results: list[Result]) -> dict[str, Tensor]:
     found["stream"] = get_hidden_states(model, results[0], layer=1, pos_ids=[3, 1])
     found["pattern"] = get_attn_weights(model, results[0], layer=layer, head=head)
     found["written"] = get_head_output(model, results[0], layer=layer, head=head)
+    faithful = faithfulness(graph, results, model)
+    found["kept"] = torch.tensor([faithful.kept, faithful.lost])
+    curves = faithfulness_curves([(3, 1), (0, 2)], results, model, draws=2)
+    found |= {"curves": curves.graph, "gradient": curves.gradient, "random": curves.random}
+    order = eliminate(results, model, 1, among=[(0, 2), (1, 3), (3, 1)]).order
+    found["order"] = torch.tensor(order, dtype=torch.float32)
     return found | {repr(node): node.grad for node in graph.nodes}
 
 

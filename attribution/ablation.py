@@ -1,74 +1,75 @@
-"""Ablation: what the answer's log-probability loses when heads and MLPs write nothing, or the same thing everywhere.
+"""Ablation: what the answer's log-probability loses when parts of the model write nothing, or something else.
 
-1. The sample runs again in rows of shared batches: as it was, and once for each set of components with the outputs of
-   its heads (before the output projection) and what its MLPs add to the stream set to zero or to a mean over a dataset.
-2. The answer's log-probability is Σ_i log softmax_C(logits at pos_i)[label_i], in float64.
+1. The sample runs again (`attribution.rerun`): as it was, and once for each set of components, in which its heads
+   (before the output projection) and what its MLPs and whole layers add to the stream are set to zero, to a mean, or to
+   what another sample has there.
+2. With several samples to take from, every set runs once with each, and the log-probabilities are averaged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attribution.means import Means
-from attribution.model.replaced import Replacement, replaced_logits
+from attribution.model.replaced import Replacement
 from attribution.model.traced import TracedModel
-from attribution.operation import Progress, Steps
+from attribution.operation import Steps
+from attribution.rerun import Answer, rerun
 from attribution.store import StoredSample
-
-BATCH_TOKENS = 4096
-"""How many tokens the rows of one batch have together at most; one row may have more."""
+from attribution.written import Written, replacement
 
 
 @dataclass(frozen=True)
 class Components:
-    """Heads as (layer, head), and MLPs by their layer."""
+    """What is ablated together.
+
+    Attributes:
+        heads: as (layer, head).
+        mlps: by their layer.
+        layers: attention and MLP of these.
+        positions: where; None is everywhere.
+    """
 
     heads: tuple[tuple[int, int], ...] = ()
     mlps: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What is scored: `labels` index the candidates (`checks.answer`), of which None are the whole vocabulary."""
-
-    positions: list[int]
-    labels: list[int]
-    candidate_ids: list[int] | None
+    layers: tuple[int, ...] = ()
+    positions: tuple[int, ...] | None = None
 
 
 def ablated(
-    model: TracedModel, sample: StoredSample, sets: Sequence[Components], means: Means | None, answer: Answer
+    model: TracedModel,
+    sample: StoredSample,
+    sets: Sequence[Components],
+    draws: Sequence[Callable[[], Written]],
+    answer: Answer,
 ) -> Steps[Float[Tensor, "row pos"]]:
     """The log-probability of each label, in nats: as the sample was, then with each set of components ablated.
 
     Args:
-        means: what is put in place of what they write; None is zero.
+        draws: each gives what is put in place of what they write, when its turn comes; at least one.
     """
-    rows = [[], *(_replacements(model, one, means) for one in sets)]
-    size = max(1, BATCH_TOKENS // sample.seq_len)
-    found = []
-    for start in range(0, len(rows), size):
-        logits = replaced_logits(model, sample.token_ids, rows[start : start + size], answer.positions).double()
-        if answer.candidate_ids is not None:
-            logits = logits[..., answer.candidate_ids]
-        labels = torch.tensor(answer.labels, device=logits.device).expand(len(logits), -1)[..., None]
-        found.append(logits.log_softmax(-1).gather(-1, labels)[..., 0].cpu())
-        yield Progress(min(start + size, len(rows)), len(rows))
-    return torch.cat(found)
+    rows = _rows(sets, draws)
+    scores = yield from rerun(model, sample.token_ids, rows, 1 + len(sets) * len(draws), answer)
+    before, after = scores.log_prob[:1], scores.log_prob[1:].unflatten(0, (len(draws), len(sets)))
+    return torch.cat([before, after.mean(0)])
 
 
-def _replacements(model: TracedModel, components: Components, means: Means | None) -> list[Replacement]:
-    if means is None:
-        dims = model.dimensions
-        head, mlp = torch.zeros(1, dims.d_head), torch.zeros(1, dims.d_model)
-        return [
-            *(Replacement(layer, number, head) for layer, number in components.heads),
-            *(Replacement(layer, None, mlp) for layer in components.mlps),
-        ]
+def _rows(sets: Sequence[Components], draws: Sequence[Callable[[], Written]]) -> Iterator[list[Replacement]]:
+    """Draw by draw, so that one sample is held at a time, or two where a batch has rows of both."""
+    yield []
+    for draw in draws:
+        written = draw()
+        for one in sets:
+            yield _replacements(one, written)
+
+
+def _replacements(components: Components, written: Written) -> list[Replacement]:
+    at = components.positions
     return [
-        *(Replacement(layer, number, means.z[layer, :, number]) for layer, number in components.heads),
-        *(Replacement(layer, None, means.mlp_out[layer]) for layer in components.mlps),
+        *(replacement(written, "z", layer, head, at) for layer, head in components.heads),
+        *(replacement(written, "mlp_out", layer, None, at) for layer in components.mlps),
+        *(replacement(written, "attn_out", layer, None, at) for layer in components.layers),
+        *(replacement(written, "mlp_out", layer, None, at) for layer in components.layers),
     ]

@@ -53,6 +53,10 @@ def _sample(value: object) -> int | str:
     return number
 
 
+def _samples(value: object) -> int | str | list[int | str]:
+    return [_sample(one) for one in value] if isinstance(value, list | tuple | range) else _sample(value)
+
+
 def _tensor(value: object) -> Tensor:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
@@ -78,6 +82,11 @@ Positions = Annotated[list[Index], BeforeValidator(_indices, json_schema_input_t
 DatasetId = Annotated[str, BeforeValidator(_name, json_schema_input_type=str)]
 SampleId = Annotated[int | str, BeforeValidator(_sample, json_schema_input_type=int | str)]
 """An integer from 0 or a name; "7" is the integer 7."""
+SampleIds = Annotated[
+    int | str | list[int | str],
+    BeforeValidator(_samples, json_schema_input_type=int | str | list[int | str]),
+]
+"""One sample, or several."""
 TensorArg = Annotated[Tensor, BeforeValidator(_tensor), WithJsonSchema(_TENSOR_SCHEMA)]
 TensorList = Annotated[
     list[Tensor], BeforeValidator(_tensors), WithJsonSchema({"type": "array", "items": _TENSOR_SCHEMA})
@@ -91,6 +100,8 @@ def refusal(name: str, error: ValidationError) -> InvalidArgument:
     where = ".".join(_named_parts(first["loc"]))
     kind = first["type"]
     if kind == "extra_forbidden":
+        *path, extra = first["loc"]
+        where = ".".join([*(_named_parts(path) if path else []), str(extra)])
         return InvalidArgument(f"{name} has no argument {where!r}", param=where)
     if kind == "missing":
         return InvalidArgument(f"{name} needs the argument {where!r}", param=where)

@@ -14,9 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attribution.errors import CannotFit, ShapeMismatch
+from attribution.model.block import Block
 from attribution.operation import Progress, Steps
 
 if TYPE_CHECKING:
+    from attribution.model.traced import TracedModel
     from attribution.session import LocalSession
     from attribution.stored import StoredSample
 
@@ -28,10 +30,12 @@ class Means:
     Attributes:
         z: of the heads, before the output projection.
         mlp_out: what the MLPs add to the stream.
+        attn_out: what attention adds to the stream; None unless it was asked for.
     """
 
     z: Float[Tensor, "layer pos head d_head"]
     mlp_out: Float[Tensor, "layer pos d_model"]
+    attn_out: Float[Tensor, "layer pos d_model"] | None = None
 
 
 class MeanCache:
@@ -41,8 +45,13 @@ class MeanCache:
         self._key: Any = None
         self._means: Means | None = None
 
-    def get(self, session: "LocalSession", dataset_id: str, *, per_position: bool) -> Steps[Means]:
+    def get(
+        self, session: "LocalSession", dataset_id: str, *, per_position: bool, attention: bool = False
+    ) -> Steps[Means]:
         """The means over a dataset; progress counts its samples when they are computed.
+
+        Args:
+            attention: with those of what attention adds, which whole layers need.
 
         Raises:
             ShapeMismatch: means per position of samples of different lengths.
@@ -50,14 +59,16 @@ class MeanCache:
         """
         samples = [session.sample(dataset_id, one) for one in session.sample_ids(dataset_id)]
         key = (per_position, [(one.layout.path, one.layout.key) for one in samples])
-        if self._means is None or key != self._key:
-            self._key, self._means = None, None  # the room that these take is free for the others
-            self._means = yield from _means(samples, per_position=per_position)
-            self._key = key
-        return self._means
+        known = self._means
+        if known is None or key != self._key or (attention and known.attn_out is None):
+            known = self._key = self._means = None  # the room that these take is free for the others
+            known = yield from _means(session.model if attention else None, samples, per_position=per_position)
+            self._key, self._means = key, known
+        return known
 
 
-def _means(samples: "list[StoredSample]", *, per_position: bool) -> Steps[Means]:
+def _means(model: "TracedModel | None", samples: "list[StoredSample]", *, per_position: bool) -> Steps[Means]:
+    """The means; with those of attention when a model is given, whose projections compute them."""
     lengths = sorted({one.seq_len for one in samples})
     if per_position and len(lengths) > 1:
         raise ShapeMismatch(
@@ -65,31 +76,39 @@ def _means(samples: "list[StoredSample]", *, per_position: bool) -> Steps[Means]
             "samples of one length (mode 'mean' averages over all positions)",
             param="mode",
         )
-    _check_room(samples[0], lengths[0] if per_position else 1)
-    totals: dict[str, Tensor] = {}
+    positions = lengths[0] if per_position else 1
+    names = ("z", "mlp_out") if model is None else ("z", "mlp_out", "attn_out")
+    _check_room(samples[0], names, positions)
+    totals = {
+        name: torch.zeros(shape[0], positions, *shape[2:], dtype=torch.float64)
+        for name, shape in _shapes(samples[0], names).items()
+    }
     tokens = 0
     for number, sample in enumerate(samples, start=1):
-        for name in ("z", "mlp_out"):
-            _add(totals, name, sample, per_position=per_position)
+        _add(totals, sample, model, per_position=per_position)
         tokens += 1 if per_position else sample.seq_len
         yield Progress(number, len(samples))
     double = samples[0].layout.slots["z"].dtype == torch.float64
-    z, mlp_out = (total / tokens if double else (total / tokens).float() for total in (totals["z"], totals["mlp_out"]))
-    return Means(z, mlp_out)
+    return Means(**{name: total / tokens if double else (total / tokens).float() for name, total in totals.items()})
 
 
-def _add(totals: dict[str, Tensor], name: str, sample: "StoredSample", *, per_position: bool) -> None:
+def _shapes(sample: "StoredSample", names: tuple[str, ...]) -> dict[str, torch.Size]:
+    slots = sample.layout.slots
+    return {name: torch.Size(slots["mlp_out" if name == "attn_out" else name].shape) for name in names}
+
+
+def _add(totals: dict[str, Tensor], sample: "StoredSample", model: "TracedModel | None", *, per_position: bool) -> None:
     """Add the sums of a sample, layer by layer, so that no more than one layer is there in float64 twice."""
-    slot = sample.layout.slots[name].shape
-    layers, positions = slot[0], slot[1] if per_position else 1
-    total = totals.setdefault(name, torch.zeros(layers, positions, *slot[2:], dtype=torch.float64))
-    for layer in range(layers):
-        rows = sample.read(name, layer).double()
-        total[layer] += rows if per_position else rows.sum(0, keepdim=True)
+    for layer in range(len(totals["z"])):
+        found = {name: sample.read(name, layer) for name in ("z", "mlp_out")}
+        if model is not None:
+            found["attn_out"] = Block(model, layer).attn_out(found["z"]).cpu()
+        for name, rows in found.items():
+            totals[name][layer] += rows.double() if per_position else rows.double().sum(0, keepdim=True)
 
 
-def _check_room(sample: "StoredSample", positions: int) -> None:
-    shapes = [sample.layout.slots[name].shape for name in ("z", "mlp_out")]
+def _check_room(sample: "StoredSample", names: tuple[str, ...], positions: int) -> None:
+    shapes = _shapes(sample, names).values()
     needed = sum(12 * shape[0] * positions * torch.Size(shape[2:]).numel() for shape in shapes)  # float64, then float32
     free = psutil.virtual_memory().available
     if needed > free:

@@ -73,6 +73,26 @@ BAD_KNOCKOUT = (
     {"tokens": [100_000]},
     {"position": LENGTHS[0]},
 )
+PATCHED = ANSWER | {
+    "dataset_id": DATASET,
+    "clean_id": 2,
+    "corrupted_id": 0,
+    "positions": [1, 2],
+    "pos_ids": [1, 2, 3],
+    "against": [4, 4, 4],
+}
+BAD_PATCH = (
+    {"clean_id": 99},
+    {"corrupted_id": "absent"},
+    {"clean_dataset_id": "absent"},
+    {"positions": None},
+    {"positions": [LENGTHS[0]]},
+    {"positions": [1, 1]},
+    {"pos_ids": [LENGTHS[0], 1, 2]},
+    {"labels": None},
+    {"against": [4]},
+)
+
 EXAMPLES: dict[str, Example] = {
     "forward": Example(
         SAMPLE | {"sample_id": "new", "prompt": "Hello there"},
@@ -124,8 +144,22 @@ EXAMPLES: dict[str, Example] = {
         (*ABSENT, *LAYER, *POSITIONS, {"head": N_HEADS}, {"downstream_grads": []}),
     ),
     "ablate": Example(
-        SAMPLE | ANSWER | {"heads": [(0, 1), (2, 5)], "mlps": [1], "mode": "mean", "pos_ids": [1, 2, 3]},
-        (*ABSENT, {"heads": [(0, N_HEADS)]}, {"heads": [0]}, {"mlps": [N_LAYERS]}, {"mode": "noise"}, {"labels": [5]}),
+        SAMPLE
+        | ANSWER
+        | {"heads": [(0, 1), (2, 5)], "mlps": [1], "mode": "mean", "pos_ids": [1, 2, 3]}
+        | {"layers": [0], "positions": [2, 0]},
+        (
+            *ABSENT,
+            {"heads": [(0, N_HEADS)]},
+            {"heads": [0]},
+            {"mlps": [N_LAYERS]},
+            {"layers": [-1]},
+            {"positions": []},
+            {"mode": "noise"},
+            {"mode": "resample"},
+            {"source_id": 1},
+            {"labels": [5]},
+        ),
     ),
     "gradient_x_activation": Example(
         SAMPLE | ANSWER | {"pos_ids": [1, 2, 3], "mode": "mean"},
@@ -137,9 +171,29 @@ EXAMPLES: dict[str, Example] = {
             *ABSENT,
             {"sets": []},
             {"sets": [{"heads": [(0, 1)]}, {"heads": [(N_LAYERS, 0)]}]},
-            {"sets": [{"layers": [1]}]},
+            {"sets": [{"experts": [1]}]},
+            {"sets": [{"layers": [N_LAYERS]}]},
+            {"sets": None},
+            {"over": "heads"},
             {"mode": "position_mean"},
+            {"mode": "resample"},
+            {"mode": "resample", "source_id": [0, 2]},
+            {"mode": "resample", "source_id": 0, "source_dataset_id": "absent"},
         ),
+    ),
+    "patch": Example(
+        PATCHED | {"heads": [(0, 1)], "points": ["resid_mid[1:]", "mlp_out[0]"]},
+        (
+            *BAD_PATCH,
+            {"heads": None, "points": None},
+            {"heads": [(0, N_HEADS)]},
+            {"points": ["z[0]", "pattern[1]"]},
+            {"points": [f"z[{N_LAYERS}]"]},
+        ),
+    ),
+    "patch_sweep": Example(
+        PATCHED | {"over": "heads", "per_position": True, "layers": [2, 0]},
+        (*BAD_PATCH, {"over": "pattern"}, {"layers": [N_LAYERS]}, {"layers": [1, 1]}),
     ),
     "knockout": Example(
         KNOCKOUT | {"include_patterns": True, "position": -2, "top_k": 3},

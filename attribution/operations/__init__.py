@@ -1,11 +1,21 @@
 """The operations: everything that a session can be asked, each declared once (`attribution.operation`)."""
 
 from attribution.operation import Operation
-from attribution.operations import ablations, getters, gradients, interventions, lens, samples, scores, steering
+from attribution.operations import (
+    ablations,
+    getters,
+    gradients,
+    interventions,
+    lens,
+    patching,
+    samples,
+    scores,
+    steering,
+)
 
 OPERATIONS: dict[str, Operation] = {
     value.name: value
-    for module in (samples, getters, gradients, scores, ablations, steering, interventions, lens)
+    for module in (samples, getters, gradients, scores, ablations, patching, steering, interventions, lens)
     for value in vars(module).values()
     if isinstance(value, Operation)
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from attribution import ablation
+from attribution import rerun
 from attribution.errors import InvalidArgument, OutOfRange, ShapeMismatch
 from attribution.operations.ablations import ablate, ablate_sweep
 from attribution.session import LocalSession
@@ -82,7 +82,7 @@ def test_means_at_each_position_are_taken_over_samples_of_one_length(session_of:
 
 @pytest.mark.parametrize("mode", ["zero", "mean"])
 def test_a_sweep_gives_what_single_calls_give(session_of: Sessions, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ablation, "BATCH_TOKENS", 23)  # two rows of 11 tokens
+    monkeypatch.setattr(rerun, "BATCH_TOKENS", 23)  # two rows of 11 tokens
     session, scored = session_of("qwen3"), {"mode": mode, "candidate_ids": [200, 3, 17, 90], **SCORED}
     sets = [{"heads": heads, "mlps": mlps} for heads, mlps in CUTS.values()]
     found = ask(session, ablate_sweep, sets=[*sets, {}], **scored)

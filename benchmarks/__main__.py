@@ -43,11 +43,21 @@ def clustering(rounds: int) -> Iterator[Section]:
     yield Section.of("Clustering of heads", clustering.run(rounds), rounds, clustering.NOTE)
 
 
+def interventions(rounds: int) -> Iterator[Section]:
+    """Sweeps of knockouts against one call each."""
+    from benchmarks import interventions
+    from benchmarks.subject import subject
+
+    with subject() as model:
+        yield Section.of("Interventions", interventions.run(model, rounds), rounds, interventions.NOTE)
+
+
 PARTS: dict[str, Callable[[int], Iterator[Section]]] = {
     "serving": serving,
     "attribution": attribution,
     "concurrency": concurrency,
     "clustering": clustering,
+    "interventions": interventions,
 }
 
 

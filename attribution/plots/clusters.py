@@ -64,9 +64,8 @@ def dendrogram(
     _draw_tree(tree, linkage, heads, colours)
     if threshold is not None:
         tree.axhline(threshold, linestyle="--", color="black", linewidth=0.8)
-        tree.annotate(
-            f"cut at {threshold:g}", (1, threshold), xycoords=("axes fraction", "data"), ha="right", va="bottom"
-        )
+        place = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "center"}
+        tree.annotate(f"cut at {threshold:g}", (1.01, threshold), **place)  # beside the tree, which may be anywhere
         tree.set_ylim(0, 1.1 * max(threshold, *np.asarray(linkage)[:, 2], 1e-9))
     tree.set_title(title)
     names = dict(zip(map(tuple, groups), labels or [""] * len(groups), strict=True))

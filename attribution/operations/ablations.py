@@ -75,7 +75,7 @@ def ablate(
         layers: layers of which attention and MLP are ablated.
         positions: the token positions at which they are; None is all.
         source_id: the sample that "resample" takes from; of several, the log-probabilities are averaged, one run each.
-        source_dataset_id: the dataset that it is in; None is `dataset_id`.
+        source_dataset_id: the dataset that it is in, or that the mean is over; None is `dataset_id`.
 
     Returns:
         before and after: the summed log-probability of the labels (nats); before_per_position and after_per_position:
@@ -198,17 +198,20 @@ def _draws(
     source_dataset_id: str | None,
 ) -> Steps[list[Callable[[], Written]]]:
     """What is put in place of what the sets write."""
-    if mode != "resample":
-        for name, value in (("source_id", source_id), ("source_dataset_id", source_dataset_id)):
-            if value is not None:
-                raise InvalidArgument(f"{name} is of mode 'resample', and mode is {mode!r}", param=name)
+    if source_id is not None and mode != "resample":
+        raise InvalidArgument(f"source_id is of mode 'resample', and mode is {mode!r}", param="source_id")
+    if source_dataset_id is not None and mode == "zero":
+        raise InvalidArgument("source_dataset_id names samples, and mode 'zero' takes none", param="source_dataset_id")
     if mode == "resample":
         return _sources(session, sample, sets, source_id, source_dataset_id)
     if mode == "zero":
         return [partial(nothing, session.model)]
-    means = yield from session.means.get(
-        session, sample.dataset_id, per_position=mode == "position_mean", attention=any(one.layers for one in sets)
-    )
+    dataset_id, per_position = source_dataset_id or sample.dataset_id, mode == "position_mean"
+    attention = any(one.layers for one in sets)
+    means = yield from session.means.get(session, dataset_id, per_position=per_position, attention=attention)
+    if per_position and means.z.shape[1] != sample.seq_len:
+        found, expected = f"{means.z.shape[1]} tokens a sample", f"{sample.seq_len}, as the sample has"
+        raise checks.mismatch("source_dataset_id", found, expected)
     return [partial(average, means)]
 
 

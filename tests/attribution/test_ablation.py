@@ -78,6 +78,17 @@ def test_means_at_each_position_are_taken_over_samples_of_one_length(session_of:
     assert abs(after - ask(session, ablate, **given | {"mode": "mean"})["after"]) > 1e-3
     with pytest.raises(ShapeMismatch, match="8 to 13 tokens"):
         ask(session, ablate, **given | {"dataset_id": "puzzles"})
+    elsewhere = ask(session, ablate, **given | {"dataset_id": "puzzles", "source_dataset_id": "aligned"})
+    _, after = reference_ablation(
+        model, PROMPTS[0], heads, mlps, "position_mean", SCORED["labels"], None, SCORED["pos_ids"], ALIGNED
+    )
+    assert elsewhere["after"] == pytest.approx(after, rel=1e-5)
+    with pytest.raises(ShapeMismatch, match="11 tokens a sample; expected 8"):
+        ask(
+            session,
+            ablate,
+            **given | {"dataset_id": "puzzles", "sample_id": 1, "source_dataset_id": "aligned", "pos_ids": [1, 2, 3]},
+        )
 
 
 @pytest.mark.parametrize("mode", ["zero", "mean"])

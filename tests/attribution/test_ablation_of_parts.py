@@ -198,7 +198,7 @@ def test_sets_have_positions_of_their_own_or_those_of_the_call(session_of: Sessi
         ({"mode": "resample", "source_id": 1}, ShapeMismatch, "positions", ["8 tokens", "11", "0 to 7"]),
         ({"mode": "resample", "source_id": [0, 1], "positions": [8]}, OutOfRange, "positions", ["8", "0 to 7"]),
         ({"mode": "zero", "source_id": 0}, InvalidArgument, "source_id", ["resample", "zero"]),
-        ({"mode": "mean", "source_dataset_id": "x"}, InvalidArgument, "source_dataset_id", ["resample", "mean"]),
+        ({"mode": "zero", "source_dataset_id": "x"}, InvalidArgument, "source_dataset_id", ["zero", "takes none"]),
     ],
     ids=str,
 )

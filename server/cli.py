@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 from attribution.errors import InvalidArgument, InvalidRequest, NotFound, SightlineError
 from server.commands.inspect_file import inspect
 from server.commands.knockout import knockout
+from server.commands.lens import lens
 from server.commands.models import models
 from server.commands.runs import runs
 from server.commands.serve import serve
@@ -50,7 +51,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, models, runs, inspect, knockout):
+for command in (serve, models, runs, inspect, knockout, lens):
     app.command()(command)
 
 

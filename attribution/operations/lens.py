@@ -49,32 +49,30 @@ def lens(
         probability), asked (token, token_id, probability, rank; rank 1 is the most likely).
     """
     model = session.model
-    count = model.dimensions.n_layers + 1
+    last = model.dimensions.n_layers
     if not 1 <= top_k <= model.dimensions.d_vocab:
         raise checks.out_of_range("top_k", top_k, f"{model.id} has 1 to {model.dimensions.d_vocab} tokens to show")
     asked = [token_id_of(model, token, "tokens") for token in tokens or []]
-    chosen = _chosen("layers", layers, count)
+    chosen = _chosen("layers", layers, last + 1)
     if dataset_id is None and sample_id is None:
         ids = given_tokens(model, prompt, messages, token_ids, special=add_special_tokens)
-        at = _chosen("positions", positions, len(ids))
-        streams = streams_of(model, ids, chosen)
+        streams = None
     else:
         only_given({"dataset_id": dataset_id, "prompt": prompt, "messages": messages, "token_ids": token_ids})
-        if dataset_id is None or sample_id is None:
-            raise InvalidArgument("a stored sample has a dataset_id and a sample_id; one is missing", param="sample_id")
-        sample = session.sample(dataset_id, sample_id)
-        ids, streams = sample.token_ids, lambda layer, positions: sample.read("resid", layer, positions)
-        at = _chosen("positions", positions, len(ids))
-    rows = yield from _rows(model, streams, chosen, at, top_k, asked)
-    return {
-        "model_id": model.id,
-        "n_layers": count - 1,
-        "layers": chosen,
-        "positions": at,
-        "token_ids": ids,
-        "tokens": [token_text(model, token) for token in ids],
-        "cells": [[_described(model, cell) for cell in row] for row in rows],
-    }
+        ids, streams = _stored(session, dataset_id, sample_id)
+    at = _chosen("positions", positions, len(ids))
+    rows = yield from _rows(model, streams or streams_of(model, ids, chosen), chosen, at, top_k, asked)
+    said = {"model_id": model.id, "n_layers": last, "layers": chosen, "positions": at, "token_ids": ids}
+    texts = [token_text(model, token) for token in ids]
+    return said | {"tokens": texts, "cells": [[_described(model, cell) for cell in row] for row in rows]}
+
+
+def _stored(session: "LocalSession", dataset_id: str | None, sample_id: int | str | None) -> tuple[list[int], Streams]:
+    """The tokens of a stored sample, and its streams."""
+    if dataset_id is None or sample_id is None:
+        raise InvalidArgument("a stored sample has a dataset_id and a sample_id; one is missing", param="sample_id")
+    sample = session.sample(dataset_id, sample_id)
+    return sample.token_ids, lambda layer, positions: sample.read("resid", layer, positions)
 
 
 def _rows(

@@ -79,26 +79,33 @@ def create_steering_vector(
     layers = list(site.layers) or [None]
     made = contrast(found, examples.positive, layers)
     direction = scaled(made.direction, 1.0 if normalise == "unit" else normalise).to(model.work_dtype)
+    how = {"positions": positions, "normalise": normalise, "add_special_tokens": add_special_tokens}
+    prompts = {"positive": positive, "negative": negative}
     vector = SteeringVector(
         name=name,
         vector=direction if site.stacked else direction[0],
         selector=selector,
         layers=site.layers,
         stacked=site.stacked,
-        provenance={
-            "model": session.identity.record(),
-            "method": "difference of means",
-            "positions": positions,
-            "normalise": normalise,
-            "add_special_tokens": add_special_tokens,
-            "chat_template_sha256": model.template_hash,
-            "positive": _record(positive, examples.tokens[: examples.positive]),
-            "negative": _record(negative, examples.tokens[examples.positive :]),
-            **created_and_versions(),
-        },
+        provenance=_provenance(session, how, prompts, examples),
         statistics=tuple(made.statistics),
     )
     return session.vectors.write(vector, overwrite=overwrite).describe()
+
+
+def _provenance(
+    session: "LocalSession", how: dict[str, Any], prompts: dict[str, list[Any]], examples: Examples
+) -> dict[str, Any]:
+    """Where a vector comes from: the model, the method, the examples, the time and the versions."""
+    tokens = {"positive": examples.tokens[: examples.positive], "negative": examples.tokens[examples.positive :]}
+    return {
+        "model": session.identity.record(),
+        "method": "difference of means",
+        **how,
+        "chat_template_sha256": session.model.template_hash,
+        **{group: _record(prompts[group], tokens[group]) for group in prompts},
+        **created_and_versions(),
+    }
 
 
 @operation(path="steering/list")

@@ -7,6 +7,7 @@ from attribution.plots.clusters import dendrogram
 from attribution.plots.graphs import PlainEdge, PlainNode, curves, graph_map, graph_picture
 from attribution.plots.grids import grid_attention
 from attribution.plots.interactive import interactive_head_map, interactive_pattern_map
+from attribution.plots.lens import lens_map
 from attribution.plots.maps import head_map, pattern_map
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "head_map",
     "interactive_head_map",
     "interactive_pattern_map",
+    "lens_map",
     "pattern_map",
 ]

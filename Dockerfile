@@ -2,7 +2,7 @@
 #
 #   docker build -t sightline .
 #   docker run --init --gpus all -p 127.0.0.1:8000:8000 -e SIGHTLINE_API_KEY=… \
-#       -v sightline-models:/models -v sightline-activations:/activations -v sightline-store:/store sightline serve Qwen/Qwen3-0.6B
+#       -v sightline-models:/models -v sightline-activations:/activations -v sightline-store:/store -v sightline-vectors:/vectors sightline serve Qwen/Qwen3-0.6B
 #
 # docs/deploy.md says more.
 ARG CUDA=13.0.1
@@ -12,8 +12,8 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 sightline \
-    && mkdir -p /models /activations /store \
-    && chown sightline:sightline /models /activations /store
+    && mkdir -p /models /activations /store /vectors \
+    && chown sightline:sightline /models /activations /store /vectors
 
 ENV PATH=/opt/sightline/bin:$PATH \
     PIP_NO_CACHE_DIR=1 \
@@ -37,8 +37,9 @@ ENV SIGHTLINE_HOST=0.0.0.0 \
     SIGHTLINE_MODELS_DIR=/models \
     SIGHTLINE_ACTIVATIONS_DIR=/activations \
     SIGHTLINE_STORE_DIR=/store \
+    SIGHTLINE_VECTORS_DIR=/vectors \
     HF_HOME=/models/huggingface
-VOLUME ["/models", "/activations", "/store"]
+VOLUME ["/models", "/activations", "/store", "/vectors"]
 EXPOSE 8000
 USER sightline
 WORKDIR /home/sightline

@@ -11,12 +11,17 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from attribution.errors import ContextLengthExceeded, InvalidRequest
+from server.acting import Acting
+from server.directions import ready
+from server.generation.comparison import Comparison
 from server.generation.sampling import Sampler
 from server.generation.sequence import Event, Finished, Sequence
 from server.generation.text import TextStream
+from server.interventions import Knockout, Ready, check_interventions, declare_interventions
 from server.registry import LoadedModel
 from server.savepoints import Recorder, Savepoint, SavepointSpec, check_windows, declare
 from server.schemas import GenerationBody
@@ -50,7 +55,10 @@ class Plan:
 
 @dataclass(eq=False)
 class Answer:
-    """One request on its way. `sequences` are its choices: the n completions of the first prompt, and so on."""
+    """One request on its way. `sequences` are its choices: the n completions of the first prompt, and so on.
+
+    Its `baselines`, one for each choice when they are asked for, are the same without `interventions`.
+    """
 
     loaded: LoadedModel
     body: GenerationBody
@@ -62,6 +70,8 @@ class Answer:
     created: int = field(default_factory=lambda: int(time.time()))
     sequences: list[Sequence] = field(default_factory=list)
     meta: list[dict[str, dict[str, Any]]] = field(default_factory=list)
+    interventions: list[Ready | Knockout] = field(default_factory=list)
+    baselines: list[Sequence] = field(default_factory=list)
 
     @property
     def session_id(self) -> str:
@@ -83,8 +93,11 @@ class Answer:
         for prompt in self.plan.prompts:
             for _ in range(self.body.n):
                 index = len(self.sequences)
-                self.sequences.append(self._sequence(prompt, index, lambda event, i=index: emit(i, event)))
-        self.loaded.worker.add(self.sequences)
+                tell = partial(emit, index)
+                self.sequences.append(self._sequence(prompt, index, tell))
+                if self.body.baseline:
+                    self.baselines.append(self._baseline(self.sequences[-1], index, tell))
+        self.loaded.worker.add(self._all)
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """The events of all choices until each has finished.
@@ -92,7 +105,7 @@ class Answer:
         Raises:
             SightlineError: of the first choice that failed; the others are dropped.
         """
-        left = len(self.sequences)
+        left = len(self._all)
         try:
             while left:
                 index, event = await self._events.get()
@@ -106,17 +119,27 @@ class Answer:
 
     def cancel(self) -> None:
         """Drop what has not finished."""
-        for sequence in self.sequences:
+        for sequence in self._all:
             sequence.cancelled = True
+
+    @property
+    def _all(self) -> list[Sequence]:
+        """All that is generated, each baseline behind its choice."""
+        if not self.baselines:
+            return self.sequences
+        return [one for pair in zip(self.sequences, self.baselines, strict=True) for one in pair]
 
     def _sequence(self, prompt: list[int], index: int, emit: Any) -> Sequence:
         body, model = self.body, self.loaded.model
+        limit = limit_of(self.loaded, len(prompt), self.plan.limit)
+        acting = Acting(model, self.interventions, len(prompt), limit) if self.interventions else None
         recorder = None
         if self.savepoints:
-            recorder = Recorder(model, self.savepoints, len(prompt), self.max_bytes)
+            removed = None if acting is None else acting.removed
+            recorder = Recorder(model, self.savepoints, len(prompt), self.max_bytes, removed)
         return Sequence(
             prompt=prompt,
-            limit=limit_of(self.loaded, len(prompt), self.plan.limit),
+            limit=limit,
             sampler=Sampler(body.sampling(), prompt, self.seed, index),
             text=TextStream(model.tokenizer, body.stops()),
             end_ids=frozenset() if body.ignore_eos else model.end_token_ids,
@@ -125,14 +148,32 @@ class Answer:
             top_logprobs=self.plan.top_logprobs,
             score_prompt=self.plan.score_prompt,
             stream=body.stream,
+            acting=acting,
         )
 
+    def _baseline(self, sequence: Sequence, index: int, emit: Any) -> Sequence:
+        """The same completion without interventions, in the same forward passes and with the same random numbers."""
+        body = self.body
+        sequence.comparison = Comparison(self.max_bytes)
+        sequence.beside = Sequence(
+            prompt=sequence.prompt,
+            limit=sequence.limit,
+            sampler=Sampler(body.sampling(), sequence.prompt, self.seed, index),
+            text=TextStream(self.loaded.model.tokenizer, body.stops()),
+            end_ids=sequence.end_ids,
+            emit=emit,
+            comparison=sequence.comparison,
+            is_baseline=True,
+        )
+        return sequence.beside
 
-def open_answer(loaded: LoadedModel, body: GenerationBody, plan: Plan, max_bytes: int) -> Answer:
-    """Check a request and make its answer; nothing has run when this raises.
+
+async def open_answer(loaded: LoadedModel, body: GenerationBody, plan: Plan, max_bytes: int) -> Answer:
+    """Check a request and make its answer; no token has been generated when this raises.
 
     Raises:
         ContextLengthExceeded, InvalidRequest, BadSelector, BadPositions, CaptureTooLarge: naming what is wrong.
+        SightlineError: what `declare_interventions`, `check_interventions` and `ready` raise.
     """
     for prompt in plan.prompts:
         _check_tokens(loaded, prompt, "prompt")
@@ -142,8 +183,26 @@ def open_answer(loaded: LoadedModel, body: GenerationBody, plan: Plan, max_bytes
     share = max_bytes // (len(plan.prompts) * body.n)
     for prompt in plan.prompts:
         check_windows(savepoints, len(prompt), limit_of(loaded, len(prompt), plan.limit), share)
+    interventions = await _interventions(loaded, body, plan)
     seed = secrets.randbits(63) if body.seed is None else body.seed
-    return Answer(loaded, body, plan, savepoints, share, seed)
+    return Answer(loaded, body, plan, savepoints, share, seed, interventions=interventions)
+
+
+async def _interventions(loaded: LoadedModel, body: GenerationBody, plan: Plan) -> list[Ready | Knockout]:
+    """The interventions of a request, checked for each prompt."""
+    declared = declare_interventions(loaded.model, body)
+    if not declared:
+        return []
+    if body.baseline and plan.limit == 0:
+        raise InvalidRequest(
+            "baseline compares the tokens that are generated, and max_tokens is 0; ask for at least one, or leave "
+            "baseline out",
+            param="baseline",
+        )
+    for prompt in plan.prompts:
+        limit = limit_of(loaded, len(prompt), plan.limit)
+        await asyncio.to_thread(check_interventions, loaded.model, declared, len(prompt), limit)
+    return await ready(loaded, declared)
 
 
 def _asked(loaded: LoadedModel, body: GenerationBody) -> list[SavepointSpec]:

@@ -8,6 +8,7 @@ from typing import Any
 from server.answers import Answer
 from server.generation.sequence import Sequence
 from server.generation.text import token_text
+from server.replies import baseline_field
 from server.runs import RunStore, SavedTensor
 
 _PACKAGES = ("sightline", "nnsight", "transformers", "torch", "tokenizers")
@@ -78,4 +79,6 @@ def _choice(answer: Answer, index: int, sequence: Sequence) -> dict[str, Any]:
         "tokens": [token_text(tokenizer, token) for token in token_ids],
         "largest_batch": sequence.largest_batch,
         "activations": answer.meta[index],
+        **({} if sequence.acting is None else {"interventions": sequence.acting.receipts}),
+        **baseline_field(answer, index),
     }

@@ -18,20 +18,52 @@ _UNFINISHED = "\ufffd"
 
 
 def usage(answer: Answer) -> CompletionUsage:
-    """Exact counts: each prompt once, every generated token, the end token included."""
+    """Exact counts: each prompt once, every generated token, the end token included; not those of baselines."""
     prompt = sum(len(prompt) for prompt in answer.plan.prompts)
     completion = sum(len(sequence.tokens) for sequence in answer.sequences)
     return CompletionUsage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
 def run_fields(answer: Answer, index: int) -> dict[str, Any]:
-    """The fields of a choice that lead to its activations."""
+    """The fields of a choice that lead to its activations, and the receipts of its interventions."""
     meta = answer.meta[index]
-    return {
+    acting = answer.sequences[index].acting
+    receipts = {} if acting is None else {"interventions": acting.receipts}
+    return receipts | {
         "run_id": answer.run_id,
         "session_id": answer.session_id,
         "activation_files": {name: one["file"] for name, one in meta.items()},
         "activations_meta": meta,
+    }
+
+
+def baseline_field(answer: Answer, index: int) -> dict[str, Any]:
+    """`baseline` of a choice: its completion without interventions, and how far apart the two are at each step."""
+    if not answer.baselines:
+        return {}
+    baseline, comparison = answer.baselines[index], answer.baselines[index].comparison
+    assert comparison is not None
+    tokenizer = answer.loaded.model.tokenizer
+    per_token = [
+        {
+            "kl": step.kl,
+            "token": token_text(tokenizer, step.token),
+            "token_id": step.token,
+            "baseline_token": token_text(tokenizer, step.baseline_token),
+            "baseline_token_id": step.baseline_token,
+            "changed": step.token != step.baseline_token,
+        }
+        for step in comparison.steps
+    ]
+    return {
+        "baseline": {
+            "text": baseline.text.text,
+            "finish_reason": baseline.finish_reason,
+            "token_ids": baseline.tokens,
+            "tokens": [token_text(tokenizer, token) for token in baseline.tokens],
+            "first_changed": comparison.first_changed,
+            "per_token": per_token,
+        }
     }
 
 
@@ -44,6 +76,7 @@ def chat_reply(answer: Answer) -> ChatCompletion:
             "message": {"role": "assistant", "content": sequence.text.text} | run_fields(answer, index),
             "logprobs": chat_logprobs(answer, sequence.logprobs),
         }
+        | baseline_field(answer, index)
         for index, sequence in enumerate(answer.sequences)
     ]
     return ChatCompletion.model_validate(
@@ -66,6 +99,8 @@ def chat_chunk(
         body |= {"activations_meta": answer.meta[0]}
     content = chat_logprobs(answer, list(logprobs)) if logprobs else None
     choice = {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": content}
+    if finish_reason is not None:
+        choice |= baseline_field(answer, index)
     return ChatCompletionChunk.model_validate(body | {"choices": [choice]})
 
 
@@ -137,7 +172,7 @@ def completion_choice(
     """One choice of a completion, or a part of one."""
     fields = {}
     if finish_reason is not None:
-        fields = run_fields(answer, index) | _scored_prompt(answer, index)
+        fields = run_fields(answer, index) | _scored_prompt(answer, index) | baseline_field(answer, index)
     return CompletionChoice.model_construct(
         index=index,
         text=text,

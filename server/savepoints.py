@@ -6,12 +6,14 @@
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
+from attribution.attention import attention_pattern, attention_scores
 from attribution.errors import BadPositions, CaptureTooLarge, InvalidRequest
 from attribution.model.block import Block
 from attribution.model.capture import Stream
@@ -23,6 +25,8 @@ from attribution.positions import Window, overlap, parse_window
 _DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 _NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,99}")
 _ENDLESS = 1 << 40
+
+Removed = Callable[[int, list[int], int], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -89,19 +93,8 @@ def check_windows(savepoints: list[Savepoint], prompt: int, limit: int, max_byte
     """
     most = prompt + max(limit - 1, 0)
     for savepoint in savepoints:
-        window = savepoint.window
-        if window.stop is not None and window.stop > most:
-            raise BadPositions(
-                f"savepoint {savepoint.name!r}: positions.stop is {window.stop}, and this request has at most {most} "
-                f"positions (prompt {prompt}, max_tokens {limit}; the last token is never fed)",
-                param="positions",
-            )
-        if not savepoint.span(prompt, most):
-            raise BadPositions(
-                f"savepoint {savepoint.name!r}: its positions select no token of this request; it has at most {most} "
-                f"(prompt {prompt}, max_tokens {limit}; the last token is never fed)",
-                param="positions",
-            )
+        what = f"savepoint {savepoint.name!r}"
+        check_window(what, savepoint.window, savepoint.span(prompt, most), prompt, limit)
     needed = sum(s.selector.bytes_for(len(s.span(prompt, prompt)), prompt, s.dtype) for s in savepoints)
     if needed > max_bytes:
         raise CaptureTooLarge(
@@ -111,11 +104,45 @@ def check_windows(savepoints: list[Savepoint], prompt: int, limit: int, max_byte
         )
 
 
-class Recorder:
-    """Collects the savepoints of one sequence."""
+def check_window(what: str, window: Window, span: range, prompt: int, limit: int) -> None:
+    """Refuse a window whose `span` of all positions that there can be is empty, or that ends behind them.
 
-    def __init__(self, model: TracedModel, savepoints: list[Savepoint], prompt: int, max_bytes: int) -> None:
+    Raises:
+        BadPositions: saying what `what` asked for and what there is.
+    """
+    most = prompt + max(limit - 1, 0)
+    if window.stop is not None and window.stop > most:
+        raise BadPositions(
+            f"{what}: positions.stop is {window.stop}, and this request has at most {most} positions (prompt {prompt}, "
+            f"max_tokens {limit}; the last token is never fed)",
+            param="positions",
+        )
+    if not span:
+        raise BadPositions(
+            f"{what}: its positions select no token of this request; it has at most {most} (prompt {prompt}, "
+            f"max_tokens {limit}; the last token is never fed)",
+            param="positions",
+        )
+
+
+class Recorder:
+    """Collects the savepoints of one sequence.
+
+    Args:
+        removed: says which edges of a layer's attention were removed, (layer, queries, keys) to [head, query, key], or
+            None; None is for a sequence that no knockout touches.
+    """
+
+    def __init__(
+        self,
+        model: TracedModel,
+        savepoints: list[Savepoint],
+        prompt: int,
+        max_bytes: int,
+        removed: Removed | None = None,
+    ) -> None:
         self.savepoints = savepoints
+        self._removed = removed
         self._model = model
         self._prompt = prompt
         self._left = max_bytes
@@ -190,11 +217,22 @@ class Recorder:
         if resolved.is_pattern:
             self._spend(savepoint, resolved.bytes_for(len(queries), tokens, savepoint.dtype))
             patterns = [
-                Block(self._model, layer).pattern_of(q, k, list(queries))
-                for layer, q, k in zip(resolved.layers, *joined, strict=True)
+                self._pattern(layer, q, k, list(queries)) for layer, q, k in zip(resolved.layers, *joined, strict=True)
             ]
             joined = [torch.stack(patterns).to(savepoint.dtype or resolved.dtype)]
         return joined[0] if resolved.stacked else joined[0][0]
+
+    def _pattern(self, layer: int, q: Tensor, k: Tensor, queries: list[int]) -> Tensor:
+        """A pattern from q and k; edges that were removed are masked as the model masked them, before the softmax."""
+        block = Block(self._model, layer)
+        removed = None if self._removed is None else self._removed(layer, queries, len(k))
+        if removed is None:
+            return block.pattern_of(q, k, queries)
+        scores = attention_scores(block.rotate(q, queries), block.rotate(k, list(range(len(k)))), block.scaling)
+        if block.softcap is not None:
+            scores = torch.tanh(scores / block.softcap) * block.softcap
+        scores = scores.masked_fill(removed.to(scores.device), float("-inf"))
+        return attention_pattern(scores, block.hidden(queries, len(k)).to(q.device), None)
 
     def _empty(self, savepoint: Savepoint, tokens: int) -> Tensor:
         """No position of the window was reached: no rows, of the right shape."""

@@ -13,12 +13,16 @@ from pydantic import (
     model_validator,
 )
 
+from attribution.arguments import DatasetId, Positions
 from attribution.errors import InvalidRequest, UnsupportedParameter
+from attribution.interventions.edges import EdgeArg, Selection
+from attribution.interventions.functions import Normalise
 from server.generation.sampling import SamplingParams
 from server.savepoints import SavepointSpec
 
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
+MAX_INTERVENTIONS = 64
 
 # what a client may send with these values changes nothing; with another value the field is refused
 _HARMLESS: dict[str, tuple[Any, ...]] = {
@@ -36,8 +40,11 @@ _UNSUPPORTED = (
 ).split()
 
 # what a reply has beside OpenAI's fields, and null or empty ones: clients send an answer back as they got it
-_OF_A_REPLY = frozenset({"run_id", "session_id", "activation_files", "activations_meta", "annotations"})
+_OF_A_REPLY = frozenset(
+    {"run_id", "session_id", "activation_files", "activations_meta", "annotations", "interventions"}
+)
 
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 _Text = Annotated[str, Field(max_length=4_000_000)]
 
 
@@ -72,6 +79,31 @@ class SavepointBody(Strict):
         return SavepointSpec(self.name, self.selector, self.positions, self.dtype)
 
 
+class InterventionBody(Strict):
+    """An intervention of a request; `server.interventions` says what each type takes."""
+
+    type: Literal["add", "scale", "ablate", "project_out", "knockout"]
+    selector: str | None = None
+    positions: Any = None
+    heads: Positions | None = None
+    vector: list[_Number] | None = None
+    name: str | None = None
+    strength: _Number | None = None
+    normalise: Normalise | None = None
+    factor: _Number | None = None
+    mode: Literal["zero", "mean"] | None = None
+    dataset_id: DatasetId | None = None
+    value: list[_Number] | None = None
+    layers: Selection | None = None
+    edges: list[EdgeArg] | None = None
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The fields that were set, null counting as left out."""
+        fields = type(self).model_fields
+        return tuple(name for name in fields if name != "type" and getattr(self, name) is not None)
+
+
 class StreamOptions(Strict):
     """OpenAI's `stream_options`."""
 
@@ -104,6 +136,8 @@ class GenerationBody(Strict):
     ignore_eos: bool = False
     store_activations: bool | None = None
     savepoints: Annotated[list[SavepointBody], Field(max_length=64)] | None = None
+    interventions: Annotated[list[InterventionBody], Field(max_length=MAX_INTERVENTIONS)] | None = None
+    baseline: bool = False
 
     @model_validator(mode="before")
     @classmethod

@@ -2,10 +2,12 @@
 
 1. Trace the model once over a left-padded batch, its key/value cache given from outside.
 2. Keep the union of the modules that anyone asked for: `tracer.cache` needs no order and no loop.
-3. Read each site from what was kept, and stack the layers of each stream on the CPU.
+3. What changes something is a block of the trace of its own, which runs when the model reaches the place that it waits
+   for; what was kept is what everybody has left there.
+4. Read each site from what was kept, and stack the layers of each stream on the CPU.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import nnsight
@@ -14,6 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attribution.model.traced import LOGITS, Site, TracedModel, first_tensor
+
+_ROWS = ("input_ids", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,16 @@ class Batch:
     positions: Int[Tensor, "row fed"]
     cache: object | None
     keep: int
+
+
+Feeding = Callable[[], tuple[Tensor, int]]
+"""Says what is being fed: the mask, [row, column] over the cached and the fed columns, and how many are fed.
+
+To be asked when the model has reached a place: where one block waits for step after step, not before.
+"""
+
+Change = Callable[[Feeding], None]
+"""A block of a trace that changes something (`attribution.model.edits`)."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +75,12 @@ class Stream:
 
 
 def forward(
-    model: TracedModel, batch: Batch, streams: Iterable[Stream]
+    model: TracedModel, batch: Batch, streams: Iterable[Stream], changes: Sequence[Change] = ()
 ) -> tuple[Float[Tensor, "row kept vocab"], dict[Stream, Tensor]]:
     """Run the model once; call it on the model's own thread.
+
+    Args:
+        changes: what changes something on the way; those that wait for one place are served in this order.
 
     Returns:
         The logits of the last `batch.keep` columns, and for each stream [layer, row, column, ...] on the CPU, in the
@@ -80,7 +97,10 @@ def forward(
         "logits_to_keep": batch.keep,
     }
     with torch.no_grad():
-        logits, kept = _trace_with_cache(model, inputs, modules) if modules else (_trace(model, inputs), None)
+        if changes:
+            logits, kept = _trace_with_changes(model, inputs, modules, batch, changes)
+        else:
+            logits, kept = _trace_with_cache(model, inputs, modules) if modules else (_trace(model, inputs), None)
     return logits, {stream: _stack(model, stream, logits, kept) for stream in streams}
 
 
@@ -94,6 +114,21 @@ def _trace_with_cache(model: TracedModel, inputs: dict[str, object], modules: li
     with model.envoy.trace(**inputs) as tracer:
         kept = tracer.cache(modules=modules, include_inputs=True, device=None)
         result = nnsight.save(tracer.result)
+    return result.logits, kept
+
+
+def _trace_with_changes(
+    model: TracedModel, inputs: dict[str, object], modules: list[str], batch: Batch, changes: Sequence[Change]
+) -> tuple[Tensor, object]:
+    kept = None
+    with model.envoy.trace(**{name: value for name, value in inputs.items() if name not in _ROWS}) as tracer:
+        with tracer.invoke(**{name: inputs[name] for name in _ROWS}):
+            if modules:
+                kept = tracer.cache(modules=modules, include_inputs=True, device=None)
+            result = nnsight.save(tracer.result)
+        for change in changes:
+            with tracer.invoke():
+                change(lambda: (batch.mask, batch.ids.shape[1]))
     return result.logits, kept
 
 

@@ -8,7 +8,7 @@
 Every call runs on the thread that owns the model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from attribution.model.cache import Pairs, growing_cache, pairs_of
-from attribution.model.capture import Batch, Stream, forward
+from attribution.model.capture import Batch, Change, Stream, forward
 from attribution.model.traced import TracedModel
 
 
@@ -53,7 +53,7 @@ class Prefill:
         """Whether the whole prompts have been fed."""
         return self.fed == self.columns
 
-    def advance(self, tokens: int, tail: int, streams: Iterable[Stream]) -> Fed:
+    def advance(self, tokens: int, tail: int, streams: Iterable[Stream], changes: Sequence[Change] = ()) -> Fed:
         """Feed the next `tokens` columns; logits are computed for those of the last `tail` columns among them."""
         start, stop = self.fed, min(self.columns, self.fed + tokens)
         positions = (self.mask.cumsum(dim=1) - 1).clamp_min(0)
@@ -65,7 +65,7 @@ class Prefill:
             cache=self.cache,
             keep=max(1, stop - max(start, self.columns - tail)),
         )
-        logits, captured = forward(self.model, batch, streams)
+        logits, captured = forward(self.model, batch, streams, changes)
         self.fed = stop
         return Fed(logits.cpu(), captured, [length - (self.columns - stop) for length in self.lengths])
 
@@ -79,7 +79,7 @@ class DecodeBatch:
         self._cache = DynamicCache()
         self._mask = torch.zeros(0, 0, dtype=torch.long)
 
-    def step(self, tokens: list[int], streams: Iterable[Stream]) -> Fed:
+    def step(self, tokens: list[int], streams: Iterable[Stream], changes: Sequence[Change] = ()) -> Fed:
         """Feed one token per row."""
         device = self.model.device
         mask = torch.cat([self._mask, torch.ones(len(tokens), 1, dtype=torch.long)], dim=1)
@@ -90,7 +90,7 @@ class DecodeBatch:
             cache=self._cache,
             keep=1,
         )
-        logits, captured = forward(self.model, batch, streams)
+        logits, captured = forward(self.model, batch, streams, changes)
         self._mask = mask
         self.lengths = [length + 1 for length in self.lengths]
         return Fed(logits.cpu(), captured, list(self.lengths))

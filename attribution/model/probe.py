@@ -10,6 +10,8 @@ against that table. `prove` shows that the points of the family are what they cl
 4. overwriting a point changes the logits, so it lies on the path of the computation.
 """
 
+from dataclasses import replace
+
 import nnsight
 import torch
 from torch import Tensor
@@ -51,7 +53,7 @@ def probe(model: TracedModel) -> dict[Site, Seen]:
         for side, value in (("output", entry.output), ("input", entry.input)):
             tensor = first_tensor(value)
             if tensor is not None:
-                sites[Site(name, side)] = _seen(tensor)
+                sites[Site(name, side)] = replace(_seen(tensor), visits=len(entry))
     return sites
 
 

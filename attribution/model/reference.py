@@ -6,12 +6,13 @@ and the families that the step loop is not proved on.
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import nnsight
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -19,7 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from attribution.model.capture import Stream
+from attribution.model.capture import Change, Stream
 from attribution.model.decode import Fed
 from attribution.model.traced import LOGITS, Site, TracedModel, first_tensor
 
@@ -58,6 +59,11 @@ class _Steps:
         self.model, self.streams, self.take = model, streams, take
         self.seen: dict[Site, Tensor] = {}
         self.fed, self.tail, self.stopped = prompt, tail, False
+        self.new = prompt
+
+    def feeding(self) -> tuple[Tensor, int]:
+        """The mask of the step under way, and how many tokens it feeds."""
+        return torch.ones(1, self.fed, dtype=torch.long, device=self.model.device), self.new
 
     def finish_step(self, scores: Tensor) -> int:
         logits = self.seen.get(LOGITS, scores.to(self.model.dtype)[:, None])
@@ -66,13 +72,21 @@ class _Steps:
         }
         token = self.take(Fed(logits.cpu(), captured, [self.fed]))
         self.stopped = token is None
-        self.fed += 1
+        self.fed, self.new = self.fed + 1, 1
         self.seen.clear()
         return 0 if token is None else token
 
 
 def generate(
-    model: TracedModel, prompt: list[int], limit: int, tail: int, streams: Iterable[Stream], take: Take
+    model: TracedModel,
+    prompt: list[int],
+    limit: int,
+    tail: int,
+    streams: Iterable[Stream],
+    take: Take,
+    changes: Sequence[Change] = (),
+    *,
+    all_keys: bool = False,
 ) -> None:
     """Generate with nnsight; call it on the model's own thread.
 
@@ -82,6 +96,8 @@ def generate(
         tail: how many positions of the prompt, from its end, get logits.
         streams: what to capture.
         take: called after every forward with what it gave; returns the next token, or None to stop.
+        changes: what changes something on the way, in every forward; each waits for a place of the model.
+        all_keys: whether layers that see a window keep the keys that have left it: who removes edges counts on them.
     """
     # An open loop over the steps ends by asking for one more: that is how it is meant to end. Set at every
     # call, for the filters may have been changed since; not by catch_warnings, which is not made for threads.
@@ -99,9 +115,15 @@ def generate(
         "stopping_criteria": StoppingCriteriaList([_Stop(steps)]),
         "logits_to_keep": tail,
     }
+    if all_keys:
+        options["past_key_values"] = DynamicCache()
     with torch.no_grad(), model.envoy.generate(**options) as tracer:
         with tracer.invoke(input_ids=ids, attention_mask=torch.ones_like(ids)):
             nnsight.save(tracer.result)
+        for change in changes:  # before those who read: they see what is left there
+            with tracer.invoke():
+                for _ in tracer.all():
+                    change(steps.feeding)
         for site, envoy in sites:
             with tracer.invoke():
                 for _ in tracer.all():

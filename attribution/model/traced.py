@@ -64,12 +64,14 @@ class Seen:
         dtype: of the tensor.
         tokenwise: whether the first two axes are [row, position].
         tail: whether only the last positions of a prompt pass here (the output head).
+        visits: how often the module runs in one forward.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     tokenwise: bool
     tail: bool
+    visits: int = 1
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 from attribution.errors import SightlineError
-from attribution.model.capture import Stream
+from attribution.model.capture import Change, Stream
 from attribution.model.decode import DecodeBatch, Fed, Prefill
 from attribution.model.reference import generate
 from attribution.model.traced import TracedModel
+from server.acting import Row, changes_for, lasting_changes
 from server.generation.sequence import Sequence
 from server.metrics import Metrics
 
@@ -116,26 +117,39 @@ class StepLoop:
         room = self.max_batch - len(self._active) - sum(len(group.sequences) for group in self._arriving)
         newcomers: list[Sequence] = []
         longest = 0
-        while self.waiting and len(newcomers) < room:
-            sequence = self.waiting[0]
-            longest = max(longest, len(sequence.prompt))
-            if newcomers and longest * (len(newcomers) + 1) > self.prefill_chunk:
+        while self.waiting:
+            group = self._next_waiting()
+            longest = max(longest, len(group[0].prompt))
+            if len(newcomers) + len(group) > room:
                 break
-            self.waiting.popleft()
-            if not _dropped(sequence):
-                newcomers.append(sequence)
+            if newcomers and longest * (len(newcomers) + len(group)) > self.prefill_chunk:
+                break
+            for sequence in group:
+                self.waiting.popleft()
+                if not _dropped(sequence):
+                    newcomers.append(sequence)
         if newcomers:
             self._arriving.append(_Arriving(self.model, newcomers))
 
+    def _next_waiting(self) -> list[Sequence]:
+        """The sequence that has waited longest, with the one that has to come in together with it."""
+        first = self.waiting[0]
+        pair = len(self.waiting) > 1 and self.waiting[1] is first.beside
+        return [first, self.waiting[1]] if pair else [first]
+
     def _feed_prompts(self, group: _Arriving) -> None:
         prefill, sequences = group.prefill, group.sequences
-        tokens = self.prefill_chunk // len(sequences)
+        tokens = max(1, self.prefill_chunk // len(sequences))  # a pair comes in together, however small the pieces
         stop = min(prefill.columns, prefill.fed + tokens)
         wanted: set[Stream] = set()
-        for sequence, length in zip(sequences, prefill.lengths, strict=True):
-            padding = prefill.columns - length
-            wanted |= sequence.wanted(max(prefill.fed - padding, 0), max(stop - padding, 0))
-        fed = prefill.advance(tokens, max(sequence.tail for sequence in sequences), wanted)
+        spans = [
+            (max(prefill.fed - prefill.columns + length, 0), max(stop - prefill.columns + length, 0))
+            for length in prefill.lengths
+        ]
+        for sequence, span in zip(sequences, spans, strict=True):
+            wanted |= sequence.wanted(*span)
+        changes = _changes(self.model, sequences, spans)
+        fed = prefill.advance(tokens, max(sequence.tail for sequence in sequences), wanted, changes)
         live = [s.finish_reason is None for s in sequences]
         if not prefill.done:
             for row, sequence in enumerate(sequences):
@@ -154,7 +168,8 @@ class StepLoop:
         for sequence, length in zip(self._active, self._batch.lengths, strict=True):
             wanted |= sequence.wanted(length, length + 1)
             sequence.largest_batch = max(sequence.largest_batch, size)
-        fed = self._batch.step([sequence.tokens[-1] for sequence in self._active], wanted)
+        changes = _changes(self.model, self._active, [(length, length + 1) for length in self._batch.lengths])
+        fed = self._batch.step([sequence.tokens[-1] for sequence in self._active], wanted, changes)
         self._keep([_guarded(sequence, fed, row, advance=True) for row, sequence in enumerate(self._active)])
         self.metrics.batch_size.labels(self.model.id).observe(size)
         self.metrics.step_seconds.labels(self.model.id).observe(time.perf_counter() - started)
@@ -186,10 +201,23 @@ class ReferenceLoop:
             return
         streams: Iterable[Stream] = sequence.wanted(0, 1 << 40)
         if sequence.limit == 0:
-            prefill = Prefill(self.model, [sequence.prompt])
-            _guarded(sequence, prefill.advance(len(sequence.prompt), sequence.tail, streams), 0, advance=True)
+            length = len(sequence.prompt)
+            changes = _changes(self.model, [sequence], [(0, length)])
+            fed = Prefill(self.model, [sequence.prompt]).advance(length, sequence.tail, streams, changes)
+            _guarded(sequence, fed, 0, advance=True)
             return
-        generate(self.model, sequence.prompt, sequence.limit, sequence.tail, streams, self._take)
+        changes = lasting_changes(self.model, sequence.acting, sequence.tail) if sequence.acting else []
+        all_keys = bool(sequence.acting and sequence.acting.layers)
+        generate(
+            self.model,
+            sequence.prompt,
+            sequence.limit,
+            sequence.tail,
+            streams,
+            self._take,
+            changes,
+            all_keys=all_keys,
+        )
 
     def fail(self, error: SightlineError) -> None:
         """End the sequence that is under way with `error`."""
@@ -203,6 +231,16 @@ class ReferenceLoop:
             return None
         self.metrics.batch_size.labels(self.model.id).observe(1)
         return sequence.tokens[-1]
+
+
+def _changes(model: TracedModel, sequences: list[Sequence], spans: list[tuple[int, int]]) -> list[Change]:
+    """What the interventions of the sequences change in a forward pass that feeds them these positions."""
+    rows = [
+        Row(one.acting, row, start, stop, one.tail)
+        for row, (one, (start, stop)) in enumerate(zip(sequences, spans, strict=True))
+        if one.acting is not None and one.finish_reason is None and stop > start
+    ]
+    return changes_for(model, rows) if rows else []
 
 
 def _dropped(sequence: Sequence) -> bool:

@@ -13,6 +13,8 @@ from torch import Tensor
 from attribution.errors import Cancelled, SightlineError
 from attribution.model.capture import Stream
 from attribution.model.decode import Fed
+from server.acting import Acting
+from server.generation.comparison import Comparison
 from server.generation.sampling import Sampler, TokenLogprob, token_logprob
 from server.generation.text import TextStream
 from server.savepoints import Recorder
@@ -48,6 +50,9 @@ class Sequence:
         score_prompt: how many alternatives to report per prompt token; None does not score the prompt.
         stream: whether text is told as it comes.
         emit: called on the model's thread with every event.
+        acting: the interventions of its forward passes; None changes nothing.
+        comparison: where its steps meet those of the other of a pair, `is_baseline` saying which one this is.
+        beside: the baseline that is to share all forward passes with it; it is queued next.
     """
 
     prompt: list[int]
@@ -60,6 +65,10 @@ class Sequence:
     top_logprobs: int | None = None
     score_prompt: int | None = None
     stream: bool = False
+    acting: Acting | None = None
+    comparison: Comparison | None = None
+    is_baseline: bool = False
+    beside: "Sequence | None" = None
     cancelled: bool = False
 
     tokens: list[int] = field(default_factory=list)
@@ -103,6 +112,8 @@ class Sequence:
         token = self.sampler.choose(logits)
         self.tokens.append(token)
         self.first_token = self.first_token or time.perf_counter()
+        if self.comparison is not None:
+            self.comparison.take(logits, token, baseline=self.is_baseline)
         if self.top_logprobs is not None:
             self.logprobs.append(token_logprob(logits, token, self.top_logprobs))
         if token in self.end_ids:
@@ -128,6 +139,8 @@ class Sequence:
         self.text.finish()
         if self.recorder:
             self.activations = self.recorder.finish(self.fed)
+        if self.comparison is not None:
+            self.comparison.end(baseline=self.is_baseline)
         self.finish_reason = reason
         self._tell()
         self.emit(Finished())

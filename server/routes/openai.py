@@ -93,7 +93,7 @@ def _templated(loaded: LoadedModel, body: ChatBody) -> list[int]:
 
 async def _answer(request: Request, loaded: LoadedModel, body: GenerationBody, plan: Plan) -> Response:
     state = state_of(request)
-    answer = open_answer(loaded, body, plan, int(state.settings.max_capture_bytes))
+    answer = await open_answer(loaded, body, plan, int(state.settings.max_capture_bytes))
     answer.start()
     if body.stream:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -100,7 +100,9 @@ class Served:
             return [future.result(120) for future in futures]
 
 
-_EXTRA = "top_k min_p repetition_penalty ignore_eos store_activations savepoints chat_template_kwargs".split()
+_EXTRA = (
+    "top_k min_p repetition_penalty ignore_eos store_activations savepoints chat_template_kwargs interventions baseline"
+).split()
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 """The step loop and the reference path, against transformers' own generation and a plain forward."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from attribution.model.capture import Batch, Stream, forward
+from attribution.model.capture import Batch, Change, Stream, forward
 from attribution.model.decode import DecodeBatch, Fed, Prefill
 from attribution.model.load import trace_model
 from attribution.model.reference import generate
@@ -218,9 +218,9 @@ def test_only_the_rows_named_join_and_stay_in_the_order_named() -> None:
 def test_columns_that_are_padding_for_all_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts, columns = traced("qwen2"), prompts_of([20, 4, 6]), []
 
-    def watched(model: TracedModel, batch: Batch, streams: Iterable[Stream]) -> object:
+    def watched(model: TracedModel, batch: Batch, streams: Iterable[Stream], changes: Sequence[Change]) -> object:
         columns.append(batch.mask.shape[1])
-        return forward(model, batch, streams)
+        return forward(model, batch, streams, changes)
 
     prefill = Prefill(model, prompts)
     prefill.advance(100, 1, [])

@@ -1,0 +1,75 @@
+"""What interventions put in the place of activations: functions of the rows of a site, for `attribution.model.edits`.
+
+The rows are [column, *width]. A direction is [group, width]: one for the whole width of a site, or for each of some
+heads; one group stands for all heads. Norms and products are over the width, for each position (and head) by itself,
+and are computed in float32, or in float64 when the activations are.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Function = Callable[[Tensor], Tensor]
+Normalise = Literal["relative", "preserve", "both"]
+NORMALISE: tuple[Normalise, ...] = ("relative", "preserve", "both")
+
+
+def adding(direction: Float[Tensor, "group width"], strength: float, normalise: Normalise | None = None) -> Function:
+    """x + strength · v.
+
+    Args:
+        normalise: "relative": v is scaled to the norm of x, so that the strength is a share of it; "preserve": the
+            result is scaled back to the norm of x; "both": first one, then the other; None: neither.
+    """
+
+    def add(x: Tensor, v: Tensor) -> Tensor:
+        norm = x.norm(dim=-1, keepdim=True)
+        step = v * (norm / v.norm(dim=-1, keepdim=True)) if normalise in ("relative", "both") else v
+        result = x + strength * step
+        if normalise in ("preserve", "both"):
+            result = result * (norm / result.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
+        return result
+
+    return _of_groups(direction, add)
+
+
+def scaling(factor: float) -> Function:
+    """factor · x."""
+    return lambda rows: rows * factor
+
+
+def zeroing() -> Function:
+    """0."""
+    return torch.zeros_like
+
+
+def replacing(value: Float[Tensor, "group width"]) -> Function:
+    """The same value at every position."""
+    return _of_groups(value, lambda x, v: v.expand_as(x))
+
+
+def projecting_out(direction: Float[Tensor, "group width"]) -> Function:
+    """x − ⟨x, u⟩ u with u = v / ‖v‖."""
+
+    def project(x: Tensor, v: Tensor) -> Tensor:
+        unit = v / v.norm(dim=-1, keepdim=True)
+        return x - (x * unit).sum(-1, keepdim=True) * unit
+
+    return _of_groups(direction, project)
+
+
+def _of_groups(direction: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Function:
+    @cache  # one copy for every device, not one for every step
+    def there(device: torch.device, dtype: torch.dtype) -> Tensor:
+        return direction.to(device, dtype)
+
+    def of_rows(rows: Tensor) -> Tensor:
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        grouped = rows.reshape(len(rows), -1, direction.shape[-1]).to(dtype)
+        return function(grouped, there(rows.device, dtype)).to(rows.dtype).view(rows.shape)
+
+    return of_rows

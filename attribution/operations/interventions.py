@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, with_config
-from torch import Tensor
 from typing_extensions import TypedDict
 
 from attribution import checks
@@ -12,7 +11,7 @@ from attribution.arguments import Index, Positions
 from attribution.divergence import kl_divergence, logit_difference, top_changed
 from attribution.errors import InvalidArgument
 from attribution.interventions.edges import EdgeArg, EdgeSpec, Selection, parse_selection, resolve_side
-from attribution.interventions.knockout import Knockout, Outcome, check_knockout, patterns, run_knockouts
+from attribution.interventions.knockout import Knockout, Outcome, Rows, check_knockout, patterns, run_knockouts
 from attribution.model.traced import TracedModel
 from attribution.operation import Progress, Steps, operation
 from attribution.operations.devices import on_device
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 LAST_TO_FIRST: list[Any] = [-1, 0]
 """The edge that is removed when none is named: the last token's to the first."""
+_CHECKED_AT_ONCE = 256
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -86,18 +86,12 @@ def knockout(
         raise checks.out_of_range("top_k", top_k, "at least 1 is expected")
     (outcome,) = run_knockouts(model, ids, [chosen], at)
     yield Progress(1, 1)
-    shown = patterns(model, ids, chosen) if include_patterns else []
-    asked = _default_tokens(outcome) if asked is None else asked
+    found = patterns(model, ids, chosen) if include_patterns else []
     return {
         **_setting(model, ids, at),
         **_described(model, chosen, len(ids)),
-        "kl_divergence": float(kl_divergence(outcome.baseline, outcome.ablated[0])),
-        "logit_diff": _logit_diff(model, outcome.baseline, outcome.ablated[0], asked),
-        "top_changed": _changed(model, outcome.baseline, outcome.ablated[0], top_k),
-        "patterns": [
-            vars(rows) | {"before": on_device(rows.before, device), "after": on_device(rows.after, device)}
-            for rows in shown
-        ],
+        **_compared(model, outcome, asked or _default_tokens(outcome), top_k),
+        "patterns": [_on_device(rows, device) for rows in found],
     }
 
 
@@ -127,7 +121,11 @@ def knockout_sweep(
     at = _position(position, len(ids))
     if not specifications:
         raise InvalidArgument("specifications is empty; name at least one knockout", param="specifications")
-    chosen = [_specified(model, one, len(ids), number) for number, one in enumerate(specifications)]
+    chosen: list[Knockout] = []
+    for number, one in enumerate(specifications):
+        chosen.append(_specified(model, one, len(ids), number))
+        if number % _CHECKED_AT_ONCE == _CHECKED_AT_ONCE - 1:
+            yield Progress(0, len(specifications))  # thousands take seconds, in which others may use the model
     asked = None if tokens is None else _asked(model, tokens)
     rows: dict[int, dict[str, Any]] = {}
     for outcome in run_knockouts(model, ids, chosen, at):
@@ -228,20 +226,22 @@ def _default_tokens(outcome: Outcome) -> list[int]:
     return [int(outcome.baseline.argmax())]
 
 
-def _logit_diff(model: TracedModel, baseline: Tensor, ablated: Tensor, asked: list[int]) -> list[dict[str, Any]]:
-    values = logit_difference(baseline, ablated, asked).tolist()
-    return [
-        {"token": _text(model, token), "token_id": token, "value": value}
-        for token, value in zip(asked, values, strict=True)
-    ]
+def _compared(model: TracedModel, outcome: Outcome, asked: list[int], count: int) -> dict[str, Any]:
+    """What one knockout changed."""
+    baseline, ablated = outcome.baseline, outcome.ablated[0]
+    values = zip(asked, logit_difference(baseline, ablated, asked).tolist(), strict=True)
+    return {
+        "kl_divergence": float(kl_divergence(baseline, ablated)),
+        "logit_diff": [{"token": _text(model, token), "token_id": token, "value": value} for token, value in values],
+        "top_changed": [
+            {"rank": one.rank, "token_id": one.token_id, "token": _text(model, one.token_id)} | vars(one)
+            for one in top_changed(baseline, ablated, count)
+        ],
+    }
 
 
-def _changed(model: TracedModel, baseline: Tensor, ablated: Tensor, count: int) -> list[dict[str, Any]]:
-    return [
-        {"rank": one.rank, "token_id": one.token_id, "token": _text(model, one.token_id)}
-        | {"baseline_prob": one.baseline_prob, "ablated_prob": one.ablated_prob, "abs_diff": one.abs_diff}
-        for one in top_changed(baseline, ablated, count)
-    ]
+def _on_device(rows: Rows, device: str) -> dict[str, Any]:
+    return vars(rows) | {"before": on_device(rows.before, device), "after": on_device(rows.after, device)}
 
 
 def _rows(model: TracedModel, outcome: Outcome, asked: list[int]) -> list[dict[str, Any]]:

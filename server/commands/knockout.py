@@ -47,43 +47,55 @@ class Meter:
         self.seconds, self.after = time.perf_counter() - started, _memory()
 
 
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="'demo', a hub id, an alias or a folder; left out, every supported model of the Hugging Face cache.",
+        show_default=False,
+    ),
+]
+Prompt = Annotated[
+    str | None, typer.Argument(help=f"A text; by default {PROMPT!r}, for 'demo' a puzzle.", show_default=False)
+]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A layer, a range as 3:7, or all; may be repeated.", metavar="N", show_default="the middle layer"
+    ),
+]
+Edges = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Query and key, each a position (negative: from the end), a range as 3:7, or *; may be repeated.",
+        metavar="Q,K",
+        show_default=EDGE,
+    ),
+]
+Heads = Annotated[list[int] | None, typer.Option(help="A head; may be repeated.", metavar="N", show_default="all")]
+Tokens = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"A token whose logits are compared, as text or as {ID}N; may be repeated.",
+        metavar="TEXT",
+        show_default="the most likely",
+    ),
+]
+NumberType = Annotated[
+    str, typer.Option(help="Number type of the weights: auto, float32, float64, bfloat16 or float16.")
+]
+
+
 def knockout(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="'demo', a hub id, an alias or a folder; left out, every supported model of the Hugging Face cache.",
-            show_default=False,
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Argument(help=f"A text; by default {PROMPT!r}, for 'demo' a puzzle.", show_default=False)
-    ] = None,
-    layer: Annotated[
-        list[str] | None,
-        typer.Option(help="A layer, a range as 3:7, or all; may be repeated. [default: the middle layer]", metavar="N"),
-    ] = None,
-    edge: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Query and key; each a position (negative ones count from the end), a range as 3:7, or *; may be "
-            f"repeated. [default: {EDGE}]",
-            metavar="Q,K",
-        ),
-    ] = None,
-    head: Annotated[list[int] | None, typer.Option(help="A head; may be repeated. [default: all]", metavar="N")] = None,
-    tokens: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"A token whose logits are compared, as text or as {ID}N; may be repeated. [default: the most likely]",
-            metavar="TEXT",
-        ),
-    ] = None,
+    model: Model = None,
+    prompt: Prompt = None,
+    layer: Layers = None,
+    edge: Edges = None,
+    head: Heads = None,
+    tokens: Tokens = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many changed tokens are shown.")] = 10,
     output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
     device: Annotated[str, typer.Option(help="Where the model is put: auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="Number type of the weights: auto, float32, float64, bfloat16 or float16.")
-    ] = "auto",
+    dtype: NumberType = "auto",
 ) -> None:
     """Remove edges of attention and show how the next-token distribution changes."""
     if output is not None and output.is_dir():

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from attribution.activations import padded
-from attribution.errors import NotFinite, UnsupportedModel
+from attribution.errors import CannotFit, NotFinite, UnsupportedModel
 from attribution.model.block import family_of
 from attribution.model.capture import Stream, forward
 from attribution.model.resolve import stream_of
@@ -61,9 +62,15 @@ def lens_logits(model: TracedModel, stream: Float[Tensor, "pos d_model"]) -> Flo
     """
     norm: Any = model.module.get_submodule(family_of(model).final_norm)
     head: Any = model.module.get_output_embeddings()
-    logits = head(norm(stream.to(norm.weight.device)[None]).to(head.weight.device))[0]
+    logits = _called(head, _called(norm, stream[None]))[0]
     softcap = getattr(model.module.config.get_text_config(), "final_logit_softcapping", None)
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _called(module: Any, rows: Tensor) -> Tensor:
+    """A module on rows that are brought to it; what is offloaded to the disk brings itself."""
+    weight = next(module.parameters(), rows)
+    return module(rows if weight.is_meta else rows.to(weight.device))
 
 
 def streams_of(model: TracedModel, token_ids: list[int], layers: Iterable[int]) -> Streams:
@@ -71,16 +78,29 @@ def streams_of(model: TracedModel, token_ids: list[int], layers: Iterable[int]) 
 
     Raises:
         UnsupportedModel: the points of the model are not proved, or its output head is more than a norm and a matrix.
+        CannotFit: there is no memory for them.
     """
     family_of(model)
     last = model.dimensions.n_layers
     order = sorted({*layers, last})
+    _check_room(model, len(order), len(token_ids))
     entering = stream_of(model, "resid_pre", order[:-1]).sites
     wanted = Stream(entering + stream_of(model, "resid_post", [last - 1]).sites)
     logits, captured = forward(model, padded(model, [token_ids]), [wanted])
     kept = captured[wanted][:, 0]
     _check_head(model, logits[0, -1:], kept[-1, -1:])
     return lambda layer, positions: kept[order.index(layer), positions]
+
+
+def _check_room(model: TracedModel, layers: int, tokens: int) -> None:
+    """The streams are in memory twice for a moment: as they were caught, and stacked."""
+    needed = 2 * layers * tokens * model.dimensions.d_model * model.dtype.itemsize
+    if needed > (there := psutil.virtual_memory().available):
+        raise CannotFit(
+            f"the streams of {tokens} tokens entering {layers} layers take {needed:,} bytes and {there:,} are free: "
+            "ask for fewer layers at a time, or for a shorter prompt",
+            param="layers",
+        )
 
 
 def _check_head(model: TracedModel, own: Tensor, stream: Tensor) -> None:

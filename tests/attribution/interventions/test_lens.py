@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attribution.errors import InvalidArgument, NotFinite, OutOfRange, SampleNotFound, UnsupportedModel
+from attribution.errors import CannotFit, InvalidArgument, NotFinite, OutOfRange, SampleNotFound, UnsupportedModel
 from attribution.interventions import lens as lens_module
 from attribution.model.load import trace_model
 from attribution.operation import Progress
@@ -230,6 +230,16 @@ def test_nan_is_told_with_its_layer_and_position(tmp_path: Path):
     session = LocalSession(trace_model("broken", model, tiny_tokenizer()), store=tmp_path / "store")
     with pytest.raises(NotFinite, match="the stream entering layer 3 gives NaN or inf at position 0"):
         session.lens(token_ids=IDS)
+
+
+def test_what_would_not_fit_into_memory_is_not_begun(session: LocalSession, monkeypatch: pytest.MonkeyPatch):
+    class Room:
+        available = 5000
+
+    monkeypatch.setattr(lens_module.psutil, "virtual_memory", Room)
+    with pytest.raises(CannotFit, match="of 7 tokens entering 4 layers take 10,752 bytes and 5,000 are free"):
+        session.lens(token_ids=IDS)  # 2 copies · 4 layers · 7 tokens · 48 wide · 4 bytes
+    assert session.lens(token_ids=IDS[:2], layers=[0])["layers"] == [0]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from attribution.reduce import einsum, mr, topk_md
     from attribution.result_files import load_results, save_results
     from attribution.results import SampleRef, forward_results
+    from attribution.search import find_graph
     from attribution.session import LocalSession
     from attribution.unified import (
         attribute_attn_weights,
@@ -35,6 +36,7 @@ __all__ = [
     "eliminate",
     "faithfulness",
     "faithfulness_curves",
+    "find_graph",
     "forward_results",
     "get_attn_weights",
     "get_head_output",
@@ -53,6 +55,7 @@ _NAMES = {
     "reduce": "einsum mr topk_md",
     "result_files": "load_results save_results",
     "results": "SampleRef forward_results",
+    "search": "find_graph",
     "session": "LocalSession",
     "unified": "attribute_attn_weights attribute_residual attribute_step get_attn_weights get_head_output "
     "get_hidden_states",

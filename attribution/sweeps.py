@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from attribution import checks
 from attribution.errors import InvalidArgument
-from attribution.model.traced import TracedModel
+
+if TYPE_CHECKING:
+    from attribution.model.traced import TracedModel
 
 METRICS = ("log_prob", "logit_diff")
 MOST_CELLS = 100_000
@@ -32,7 +34,7 @@ class Cell:
 
 
 def grid(
-    model: TracedModel, layers: list[int] | None, positions: list[int] | None, tokens: int, *, heads: bool, each: bool
+    model: "TracedModel", layers: list[int] | None, positions: list[int] | None, tokens: int, *, heads: bool, each: bool
 ) -> dict[str, list[int]]:
     """The axes of a sweep.
 

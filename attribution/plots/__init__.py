@@ -9,6 +9,7 @@ from attribution.plots.grids import grid_attention
 from attribution.plots.interactive import interactive_head_map, interactive_pattern_map
 from attribution.plots.lens import lens_map
 from attribution.plots.maps import head_map, pattern_map
+from attribution.plots.sweeps import sweep_map
 
 __all__ = [
     "PlainEdge",
@@ -23,4 +24,5 @@ __all__ = [
     "interactive_pattern_map",
     "lens_map",
     "pattern_map",
+    "sweep_map",
 ]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from attribution.results import SampleRef, forward_results
     from attribution.search import find_graph
     from attribution.session import LocalSession
+    from attribution.sweeps import sweep_table
     from attribution.unified import (
         attribute_attn_weights,
         attribute_residual,
@@ -44,6 +45,7 @@ __all__ = [
     "load_results",
     "mr",
     "save_results",
+    "sweep_table",
     "topk_md",
 ]
 
@@ -57,6 +59,7 @@ _NAMES = {
     "results": "SampleRef forward_results",
     "search": "find_graph",
     "session": "LocalSession",
+    "sweeps": "sweep_table",
     "unified": "attribute_attn_weights attribute_residual attribute_step get_attn_weights get_head_output "
     "get_hidden_states",
 }

@@ -21,9 +21,9 @@ from attribution.errors import NotFinite
 from attribution.interventions.edges import EdgeSpec, check_edges, removed_edges
 from attribution.model.block import Block
 from attribution.model.cache import growing_cache, pairs_of
-from attribution.model.capture import Batch
+from attribution.model.capture import Batch, forward
 from attribution.model.decode import Prefill
-from attribution.model.edges import Cut, check_cuttable, cut_forward
+from attribution.model.edges import Cut, check_cuttable, cut_change
 from attribution.model.resolve import stream_of
 from attribution.model.traced import TracedModel
 
@@ -122,7 +122,7 @@ def _run(
     ]
     batch = _batch(model, tokens, rows, start, growing_cache(pairs) if start else None)
     cuts = [cut for row, one in enumerate(knockouts, start=1) for cut in cuts_of(one, row, queries, length)]
-    logits, _ = cut_forward(model, batch, cuts)
+    logits, _ = forward(model, batch, (), [cut_change(model, cuts)])
     return _finite(logits[:, 0])
 
 
@@ -158,7 +158,8 @@ def patterns(model: TracedModel, token_ids: list[int], knockout: Knockout) -> li
     layers = list(knockout.layers)
     q_stream, k_stream = (stream_of(model, name, layers) for name in "qk")
     batch = _batch(model, token_ids, 2, 0, None)
-    _, captured = cut_forward(model, batch, cuts_of(knockout, 1, range(length), length), (q_stream, k_stream))
+    change = cut_change(model, cuts_of(knockout, 1, range(length), length))
+    _, captured = forward(model, batch, (q_stream, k_stream), [change])
     found = []
     for layer, q, k in zip(layers, captured[q_stream], captured[k_stream], strict=True):
         block = Block(model, layer)

@@ -8,19 +8,18 @@ A removed edge has the probability 0, not a small one: exp(score + finfo.min −
 row of the batch takes this path, those without a cut too, so that they differ by their cuts alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import nnsight
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
 from attribution.errors import UnsupportedModel
 from attribution.model.block import family_of
-from attribution.model.capture import Batch, Stream, read_site
+from attribution.model.capture import Change, Feeding
 from attribution.model.grouped import SDPA_GROUPED
 from attribution.model.traced import TracedModel
 
@@ -109,31 +108,11 @@ def _lowest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).min
 
 
-def cut_forward(
-    model: TracedModel, batch: Batch, cuts: Sequence[Cut], streams: Iterable[Stream] = ()
-) -> tuple[Float[Tensor, "row kept vocab"], dict[Stream, Tensor]]:
-    """Run the model once with edges removed; call it on the model's own thread. Streams as in `capture.forward`."""
-    streams = list(streams)
-    sites = sorted({site for stream in streams for site in stream.sites})
-    layers, fed = sorted({cut.layer for cut in cuts}), batch.ids.shape[1]
-    with torch.no_grad():
-        with model.envoy.trace(
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
-            position_ids=batch.positions,
-            past_key_values=batch.cache,
-            use_cache=batch.cache is not None,
-            logits_to_keep=batch.keep,
-        ) as tracer:
-            kept = None
-            if sites:
-                modules = [f"{model.envoy.path}.{site.path}" for site in sites]
-                kept = tracer.cache(modules=modules, include_inputs=True, device=None)
-            for layer in layers:
-                cut_layer(model, layer, cuts, batch.mask, fed)
-            result = nnsight.save(tracer.result)
-    logits = result.logits
-    return logits, {
-        stream: torch.stack([stream.cut(read_site(model, site, logits, kept)).cpu() for site in stream.sites])
-        for stream in streams
-    }
+def cut_change(model: TracedModel, cuts: Sequence[Cut]) -> Change:
+    """The cuts as a block of a trace, for `capture.forward`."""
+
+    def change(feeding: Feeding) -> None:
+        for layer in sorted({cut.layer for cut in cuts}):
+            cut_layer(model, layer, cuts, *feeding())
+
+    return change

@@ -10,8 +10,8 @@ from transformers import DynamicCache
 
 from attribution.errors import UnsupportedModel
 from attribution.interventions.edges import EdgeSpec, removed_edges
-from attribution.model.capture import Batch
-from attribution.model.edges import Cut, causal_mask, check_cuttable, cut_forward, cut_layer, cut_mask, in_columns
+from attribution.model.capture import Batch, forward
+from attribution.model.edges import Cut, causal_mask, check_cuttable, cut_change, cut_layer, cut_mask, in_columns
 from attribution.model.resolve import stream_of
 from attribution.model.traced import TracedModel
 from tests.attribution.by_hand import Removed, run_by_hand
@@ -76,7 +76,9 @@ def test_the_oracle_is_the_model_when_nothing_is_removed(family: str, kind: str)
 def test_logits_are_those_of_scores_masked_by_hand_in_a_left_padded_batch(family: str, kind: str):
     model = traced(family, attn_implementation=kind)
     batch = batch_of(IDS)
-    logits, _ = cut_forward(model, batch, [cut for row in (0, 1) for cut in cuts_of(row, row, batch)])
+    logits, _ = forward(
+        model, batch, (), [cut_change(model, [cut for row in (0, 1) for cut in cuts_of(row, row, batch)])]
+    )
     for row, ids in enumerate(IDS):
         expected = run_by_hand(model.module, ids, removed_of(row)).logits
         uncut = run_by_hand(model.module, ids).logits
@@ -88,7 +90,7 @@ def test_logits_are_those_of_scores_masked_by_hand_in_a_left_padded_batch(family
 def test_one_unpadded_sequence_where_sdpa_is_given_no_mask(family: str, kind: str):
     model = traced(family, attn_implementation=kind)
     batch = batch_of(IDS[:1])
-    logits, _ = cut_forward(model, batch, cuts_of(0, 0, batch))
+    logits, _ = forward(model, batch, (), [cut_change(model, cuts_of(0, 0, batch))])
     expected = run_by_hand(model.module, IDS[0], removed_of(0)).logits
     assert torch.allclose(logits[0].double(), expected, atol=1e-4)
 
@@ -100,7 +102,7 @@ def test_with_a_cache_a_prompt_and_the_steps_after_it_lose_the_same_edges(family
     for stop, fed in ((5, 5), (7, 2), (8, 1), (9, 1)):
         batch = batch_of([IDS[0][:stop], IDS[1][: stop - 3]], cache, fed)
         cuts = [cut for row in (0, 1) for cut in cuts_of(row, row, batch)]
-        found.append(cut_forward(model, batch, cuts)[0])
+        found.append(forward(model, batch, (), [cut_change(model, cuts)])[0])
     logits = torch.cat(found, dim=1)
     for row, ids in enumerate(IDS):
         expected = run_by_hand(model.module, ids, removed_of(row)).logits
@@ -155,7 +157,7 @@ def test_what_lies_before_the_query_keeps_every_bit_and_what_lies_behind_does_no
     model, ids = traced(family, attn_implementation=kind), IDS[0][:8]
     cut = Cut(1, 1, (4,), removed_edges([EdgeSpec.parse([5, 2])], range(8), 8, 8))
     streams = {name: stream_of(model, name, list(range(N_LAYERS))) for name in ("z", "resid_post")}
-    logits, captured = cut_forward(model, batch_of([ids, ids]), [cut], streams.values())
+    logits, captured = forward(model, batch_of([ids, ids]), streams.values(), [cut_change(model, [cut])])
     assert torch.equal(logits[0, :5], logits[1, :5])
     assert not torch.equal(logits[0, 5], logits[1, 5])
     for stream in streams.values():

@@ -31,15 +31,6 @@ class Edit:
     heads: tuple[int, ...] | None = None
 
 
-def steered_greedy(model: Any, ids: list[int], count: int, edits: list[Edit]) -> tuple[list[int], Tensor]:
-    """`count` tokens with the largest logits, one by one, and the logits from which they were chosen."""
-    text, rows = list(ids), []
-    for _ in range(count):
-        rows.append(steered_logits(model, text, edits)[-1])
-        text.append(int(rows[-1].argmax()))
-    return text[len(ids) :], torch.stack(rows)
-
-
 def steered_logits(model: Any, ids: list[int], edits: list[Edit]) -> Tensor:
     """The logits at every position of one text, [position, vocab]."""
     with torch.no_grad(), hooked(model, edits):
@@ -76,7 +67,7 @@ def _hooks(model: Any, layer: Any, edits: list[Edit]) -> list[Any]:
     added = layer.post_attention_layernorm if gemma else attention
     written = layer.post_feedforward_layernorm if gemma else layer.mlp
     projection = attention.c_proj if gpt2 else attention.o_proj
-    pre: list[Tensor] = []
+    n_heads, pre = model.config.num_attention_heads, []
 
     def at(*names: str) -> list[Edit]:
         return [edit for edit in edits if edit.point in names]
@@ -98,13 +89,14 @@ def _hooks(model: Any, layer: Any, edits: list[Edit]) -> list[Any]:
         added.register_forward_hook(add),
         written.register_forward_hook(lambda module, args, output: _changed(at("mlp_out"), output)),
         layer.register_forward_hook(lambda module, args, output: _changed(at("resid_post"), output)),
-        projection.register_forward_pre_hook(lambda module, args: (_changed(at("z"), args[0], model), *args[1:])),
+        projection.register_forward_pre_hook(lambda module, args: (_changed(at("z"), args[0], n_heads), *args[1:])),
     ]
 
 
 def _patch_attention(model: Any, edits: list[Edit], stack: ExitStack) -> None:
     code = sys.modules[type(model).__module__]
-    rotary, attention = getattr(code, "apply_rotary_pos_emb", None), code.eager_attention_forward
+    rotary: Any = getattr(code, "apply_rotary_pos_emb", None)
+    attention = code.eager_attention_forward
     calls = {"rotate": 0, "attend": 0}
 
     def at(name: str, layer: int, value: Tensor) -> Tensor:
@@ -130,9 +122,8 @@ def _patch_attention(model: Any, edits: list[Edit], stack: ExitStack) -> None:
         stack.enter_context(patch.object(code, "apply_rotary_pos_emb", rotate))
 
 
-def _changed(edits: list[Edit], value: Tensor, model: Any = None) -> Tensor:
-    """[row, position, width]; `model`: the number of heads, or the model that says it."""
-    heads = model if isinstance(model, int) else model.config.num_attention_heads if model is not None else None
+def _changed(edits: list[Edit], value: Tensor, heads: int = 1) -> Tensor:
+    """[row, position, width], of which the width is that of so many heads."""
     value = value.clone()
     for edit in edits:
         part = value[0] if edit.heads is None else value[0].unflatten(-1, (heads, -1))
@@ -142,7 +133,7 @@ def _changed(edits: list[Edit], value: Tensor, model: Any = None) -> Tensor:
 
 def _apply(edit: Edit, rows: Tensor) -> None:
     """[position, …], in place."""
-    chosen = [position for position in edit.positions if position < len(rows)]
+    chosen = [position for position in range(len(rows)) if position in edit.positions]
     if not chosen:
         return
     if edit.heads is None:

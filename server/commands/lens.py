@@ -33,7 +33,7 @@ def lens(
         str | None,
         typer.Option(
             help="Tokens whose next token is shown, in the same way; negative numbers count from the end. "
-            "[default: the last ones, as many as fit]",
+            "By default the last ones, as many as fit.",
             show_default=False,
         ),
     ] = None,

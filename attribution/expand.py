@@ -12,7 +12,7 @@ All scores are parts of one objective, in nats: those of different nodes compare
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,7 +54,7 @@ class Limits:
     threshold: float
     budget: int
     order: Literal["score", "depth"]
-    types: tuple[str, ...]
+    types: tuple[str, ...] | None
     heads: frozenset[tuple[int, int]] | None
 
     def check(self) -> None:
@@ -66,7 +66,7 @@ class Limits:
             raise OutOfRange(f"threshold is {self.threshold}; it is a share above 0, at most 1", param="threshold")
         if self.order not in ("score", "depth"):
             raise InvalidArgument(f"order is {self.order!r}; it is 'score' or 'depth'", param="order")
-        if not self.types or not set(self.types) <= set(TYPES):
+        if self.types is not None and (not self.types or not set(self.types) <= set(TYPES)):
             raise InvalidArgument(f"types is {self.types}; it names some of {', '.join(TYPES)}", param="types")
 
 
@@ -88,7 +88,10 @@ def expand(
         graph.scope.admit(r, model)
     for layer, head in limits.heads or ():
         graph.scope.check_model(model).check(layer, head, "attn_v")
-    graph.add_node(Node.of(graph, graph.scope.check_model(model).n_layers, 0, "lm_head"))
+    about = graph.scope.check_model(model)
+    if limits.types is None:
+        limits = replace(limits, types=TYPES if about.gated_mlp else TYPES[:-1])
+    graph.add_node(Node.of(graph, about.n_layers, 0, "lm_head"))
     _compute_followed(graph, results, model, options)
     cut: set[Node] = set()
     with progress_bar(limits.budget, "expand", show=show_progress) as bar:
@@ -142,7 +145,7 @@ def _follow(graph: "Graph", node: Node, scores: Float[Tensor, "layer column"], l
             continue
         there.add((layer, head))
         kind = "mlp" if head == heads else "attn"
-        for name in (one for one in limits.types if one.startswith(kind)):
+        for name in (one for one in limits.types or () if one.startswith(kind)):
             path = Node.of(graph, layer, head, name)
             if node not in path.downstream:
                 graph.add_node(path, [node], [float(scores[layer, head])])

@@ -82,6 +82,7 @@ def faithfulness(
     model: Any,
     *,
     mode: Mode = "mean",
+    source_dataset_id: str | None = None,
     show_progress: bool = True,
 ) -> Faithfulness:
     """How much of the answer the heads of a graph carry.
@@ -90,7 +91,8 @@ def faithfulness(
         heads: a graph, or (layer, head) each.
         results: whose samples are stored; best others than those by which the graph was found.
         model: a `LocalSession` or a `ModelClient`.
-        mode: what an ablated head writes, as in `ablate`.
+        mode, source_dataset_id: what an ablated head writes, as in `ablate`: "position_mean" over a dataset of puzzles
+            of one shape leaves what a head says about the position, and with all rules in it nothing about the rule.
 
     Raises:
         InvalidArgument: there are no results, or one that was never run; the answer does not hang on any head.
@@ -99,7 +101,9 @@ def faithfulness(
     every = _every_head(model)
     chosen = _chosen(heads, every)
     rest = [one for one in every if one not in set(chosen)]
-    runs = _log_probabilities([[], every, rest, chosen], results, model, mode, "faithfulness", show=show_progress)
+    ablation = {"mode": mode, "source_dataset_id": source_dataset_id}
+    sets = [[], every, rest, chosen]
+    runs = _log_probabilities(sets, results, model, ablation, "faithfulness", show=show_progress)
     whole, nothing, inside, outside = runs.tolist()
     span = _span(whole, nothing)
     return Faithfulness(
@@ -116,6 +120,7 @@ def faithfulness_curves(
     draws: int = 10,
     seed: int = 0,
     mode: Mode = "mean",
+    source_dataset_id: str | None = None,
     show_progress: bool = True,
 ) -> FaithfulnessCurves:
     """The share of the answer kept by more and more heads: of the graph, by gradient × activation, and at random.
@@ -124,7 +129,7 @@ def faithfulness_curves(
         graph: ordered by `ranked_heads`; or heads in an order of their own.
         sizes: how many heads; None is eight sizes up to the graph's.
         draws: how many random orders, from `seed`.
-        results, model, mode: as in `faithfulness`.
+        results, model, mode, source_dataset_id: as in `faithfulness`.
 
     Raises:
         InvalidArgument, OutOfRange: as `faithfulness`, or a size that the graph does not have.
@@ -135,10 +140,11 @@ def faithfulness_curves(
     if draws < 1:
         raise OutOfRange(f"draws is {draws}; it is at least 1", param="draws")
     draw = random.Random(seed)
-    orders = [ranked, _by_gradient(results, model, every, show=show_progress)]
+    orders = [ranked, by_gradient(results, model, show_progress=show_progress)]
     orders += [draw.sample(every, len(every)) for _ in range(draws)]
     sets = [[], every, *(_without(order[:count], every) for order in orders for count in counts)]
-    runs = _log_probabilities(sets, results, model, mode, "curves", show=show_progress)
+    ablation = {"mode": mode, "source_dataset_id": source_dataset_id}
+    runs = _log_probabilities(sets, results, model, ablation, "curves", show=show_progress)
     shares = (runs[2:] - runs[1]) / _span(float(runs[0]), float(runs[1]))
     table = shares.view(len(orders), len(counts))
     return FaithfulnessCurves(counts, table[0], table[1], table[2:])
@@ -161,6 +167,7 @@ def eliminate(
     *,
     among: Sequence[Head] | Graph | None = None,
     mode: Mode = "mean",
+    source_dataset_id: str | None = None,
     at_once: int = 1,
     show_progress: bool = True,
 ) -> Elimination:
@@ -171,7 +178,7 @@ def eliminate(
         among: heads that may stay, or a graph; the others are ablated from the start. None is every head.
         at_once: how many heads go in one round: more is faster and less exact. A round runs every sample once for each
             head that is left.
-        results, model, mode: as in `faithfulness`.
+        results, model, mode, source_dataset_id: as in `faithfulness`.
 
     Raises:
         InvalidArgument, OutOfRange: as `faithfulness`, or `keep` is not a number of these heads.
@@ -182,13 +189,14 @@ def eliminate(
         if not 1 <= value <= most:
             raise OutOfRange(f"{name} is {value}; there are 1 to {most} heads to choose from", param=name)
     gone, kept, removed = _without(left, every), {}, []
-    whole, nothing = _log_probabilities([[], every], results, model, mode, "eliminate", show=False).tolist()
+    ablation = {"mode": mode, "source_dataset_id": source_dataset_id}
+    whole, nothing = _log_probabilities([[], every], results, model, ablation, "eliminate", show=False).tolist()
     span = _span(whole, nothing)
     with progress_bar(len(left) - keep, "eliminate", show=show_progress) as bar:
         bar.unit = "head"
         while len(left) > keep:
             tries = [[*gone, *removed, head] for head in left]
-            runs = _log_probabilities(tries, results, model, mode, "eliminate", show=False)
+            runs = _log_probabilities(tries, results, model, ablation, "eliminate", show=False)
             going = runs.argsort(descending=True)[: min(at_once, len(left) - keep)].tolist()
             removed += [left[at] for at in going]
             left = [head for at, head in enumerate(left) if at not in going]
@@ -199,7 +207,13 @@ def eliminate(
 
 
 def _log_probabilities(
-    sets: Sequence[Sequence[Head]], results: Sequence[Any], model: Any, mode: Mode, label: str, *, show: bool
+    sets: Sequence[Sequence[Head]],
+    results: Sequence[Any],
+    model: Any,
+    ablation: dict[str, str | None],
+    label: str,
+    *,
+    show: bool,
 ) -> Float[Tensor, "set"]:
     """The summed log-probability of the answer with each set of heads ablated, the mean over samples, in float64."""
     if len(results) == 0:
@@ -212,27 +226,27 @@ def _log_probabilities(
                 sample.dataset_id,
                 sample.sample_id,
                 [{"heads": list(heads)} for heads in sets],
-                mode=mode,
                 labels=r.labels,
                 candidate_ids=r.candidate_ids,
                 pos_ids=r.query_positions,
+                **ablation,
             )
             total += found["after"]
             bar.update()
     return total / len(results)
 
 
-def _by_gradient(results: Sequence[Any], model: Any, every: list[Head], *, show: bool) -> list[Head]:
-    """All heads by the mean of gradient × activation, the greatest first."""
+def by_gradient(results: Sequence[Any], model: Any, *, show_progress: bool = True, **options: Any) -> list[Head]:
+    """All heads by the mean of gradient × activation, the greatest first; options as of `gradient_x_activation`."""
     total: Any = 0.0
-    with progress_bar(len(results), "gradient", show=show) as bar:
+    with progress_bar(len(results), "gradient", show=show_progress) as bar:
         for r in results:
             sample, asked = sample_of(r), {"labels": r.labels, "candidate_ids": r.candidate_ids}
             total = total + model.gradient_x_activation(
-                sample.dataset_id, sample.sample_id, pos_ids=r.query_positions, **asked
+                sample.dataset_id, sample.sample_id, pos_ids=r.query_positions, **asked, **options
             )
             bar.update()
-    return sorted(every, key=lambda head: -float(total[head]))
+    return sorted(_every_head(model), key=lambda head: -float(total[head]))
 
 
 def _every_head(model: Any) -> list[Head]:

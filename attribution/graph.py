@@ -165,7 +165,7 @@ class Graph:
         threshold: float = 0.8,
         budget: int = 20,
         order: Literal["score", "depth"] = "score",
-        types: Sequence[str] = ("attn_q", "attn_k", "attn_v", "mlp_i", "mlp_g"),
+        types: Sequence[str] | None = None,
         heads: Sequence[tuple[int, int]] | None = None,
         save: Path | str | None = None,
         show_progress: bool = True,
@@ -178,7 +178,8 @@ class Graph:
             threshold: the share of a node's absolute attribution at which its feeding components are enough.
             budget: how many heads and MLPs the graph has at most.
             order: follow the node with the greatest score first, or the deepest.
-            types: the paths of a component that enter; leave "mlp_g" out where MLPs have no gate (GPT-2).
+            types: the paths of a component that enter; None is attn_q, attn_k, attn_v, mlp_i, and mlp_g where MLPs have
+                a gate.
             heads: the only heads, (layer, head) each, that may enter, as `eliminate` chose them; None is every head.
             save: a file that is written after every node; `Graph.load` of it goes on from there.
             options: `steps` and `rule` of `compute_node_gradient`. Gradients that the nodes hold are replaced.
@@ -190,7 +191,7 @@ class Graph:
         from attribution.expand import Limits, expand
 
         chosen = None if heads is None else frozenset(heads)
-        limits = Limits(k, threshold, budget, order, tuple(types), chosen)
+        limits = Limits(k, threshold, budget, order, None if types is None else tuple(types), chosen)
         return expand(self, results, model, limits, save, show_progress=show_progress, **options)
 
     # --- disk

@@ -17,6 +17,8 @@ class GraphModel:
     n_layers: int
     n_heads: int
     hidden_size: int
+    gated_mlp: bool
+    fingerprint: str
 
     @classmethod
     def of(cls, session: Any) -> "GraphModel":
@@ -31,10 +33,13 @@ class GraphModel:
         return cls(**{name: status[name] for name in cls.__dataclass_fields__})
 
     def __str__(self) -> str:
-        return f"{self.model!r} ({self.dtype}, {self.n_layers} layers, {self.n_heads} heads, width {self.hidden_size})"
+        sizes = f"{self.n_layers} layers, {self.n_heads} heads, width {self.hidden_size}"
+        return f"{self.model!r} ({self.dtype}, {sizes}, weights {self.fingerprint[:12]})"
 
     def check(self, layer: int, head: int, node_type: str) -> None:
-        """Raises: OutOfRange when the model has no such node."""
+        """Raises: OutOfRange, InvalidArgument when the model has no such node."""
+        if node_type == "mlp_g" and not self.gated_mlp:
+            raise InvalidArgument(f"the MLPs of {self.model!r} have no gate; mlp_i is their only path", param="type")
         last = self.n_layers
         layers = range(last - 1, last + 1) if node_type == "lm_head" else range(last)
         column = {"lm_head": 0, "mlp_i": self.n_heads, "mlp_g": self.n_heads}.get(node_type)

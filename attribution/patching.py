@@ -21,11 +21,17 @@ def log_probability(
 
 
 def product_with(
-    passed: Passed, grads: Passed, means: Means | None, dtype: torch.dtype
+    passed: Passed, grads: Passed, means: Means | None, dtype: torch.dtype, *, absolute: bool = False
 ) -> Float[Tensor, "layer column"]:
-    """⟨gradient, activation − mean⟩ of each head, and of the MLP in the last column; means of None are 0."""
+    """⟨gradient, activation − mean⟩ of each head, and of the MLP in the last column, summed over positions.
+
+    Args:
+        means: None is 0.
+        absolute: sum the absolute values of the positions.
+    """
     heads, mlps = passed.z.to(dtype), passed.mlp_out.to(dtype)
     if means is not None:
         heads, mlps = heads - means.z, mlps - means.mlp_out
-    of_heads = (heads * grads.z).sum((1, 3))
-    return torch.cat([of_heads, (mlps * grads.mlp_out).sum((1, 2))[:, None]], dim=1)
+    of_heads, of_mlps = (heads * grads.z).sum(-1), (mlps * grads.mlp_out).sum(-1)
+    scores = torch.cat([of_heads, of_mlps[..., None]], dim=-1)
+    return (scores.abs() if absolute else scores).sum(1)

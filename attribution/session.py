@@ -146,6 +146,8 @@ class LocalSession:
             "n_layers": dims.n_layers,
             "n_heads": dims.n_heads,
             "hidden_size": dims.d_model,
+            "gated_mlp": model.family is not None and model.family.gate is not None,
+            "fingerprint": model.fingerprint,
             "cached_datasets": store.datasets(self.identity),
             "store": room,
         }

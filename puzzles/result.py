@@ -1,6 +1,6 @@
 """One puzzle made ready for a model: the conversation, and its answer's positions, labels and candidates."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ class Result:
     ``answers``         the answer's colour letters, row by row
     ``answer_indices``  token positions of those cells
     ``labels``          their token ids
-    ``candidate_ids``   token ids of the five colours, in the order of ``COLOURS``
+    ``candidate_ids``   token ids of the five colours, in the order of ``COLOURS``; None for the whole vocabulary
     ``puzzle``          the puzzle, with its token ranges
     ``outputs``         where the model's activations are stored; None until a forward pass has been run
     """
@@ -29,7 +29,7 @@ class Result:
     answers: list[str]
     answer_indices: list[int]
     labels: list[int]
-    candidate_ids: list[int]
+    candidate_ids: list[int] | None
     puzzle: Puzzle | None = None
     outputs: Any = None
 
@@ -73,19 +73,44 @@ class Result:
         positions = [start for start, _ in cells]
         return cls(index, conversation.text, answers, positions, labels, candidates, replace(puzzle, ranges=ranges))
 
+    @classmethod
+    def from_text(
+        cls, index: int, prompt: str, answer: str, tokenizer, candidates: Sequence[str] | None = None
+    ) -> "Result":
+        """A prompt of any kind with the answer that continues it, as " Paris" does "The capital of France is".
+
+        ``prompt`` gets the special tokens that the tokenizer begins a text with. ``candidates``: the answers that
+        share the probability, one token each; None is the whole vocabulary.
+
+        Raises: PuzzleError if the answer is empty or joins the prompt's last token, or a candidate is not one token.
+        """
+        before, tokens = tokenizer.encode(prompt), tokenizer.encode(prompt + answer)
+        labels = tokens[len(before) :]
+        if not before or not labels or tokens[: len(before)] != before:
+            raise PuzzleError(
+                f"{answer!r} does not continue {prompt[-40:]!r} by tokens of its own; most answers begin with a space"
+            )
+        plain = tokenizer.encode(prompt + answer, add_special_tokens=False)
+        text = tokenizer.decode(tokens[: len(tokens) - len(plain)]) + prompt + answer
+        if tokenizer.encode(text, add_special_tokens=False) != tokens:
+            raise PuzzleError("this tokenizer puts special tokens elsewhere than before a text; give token ids instead")
+        positions = list(range(len(before), len(tokens)))
+        ids = None if candidates is None else [_one_token(tokenizer, one) for one in candidates]
+        answers = [tokenizer.decode([label]) for label in labels]
+        return cls(index, text, answers, positions, labels, ids)
+
 
 def candidate_ids(tokenizer) -> list[int]:
     """Token ids of the five colours with their leading space.
 
     Raises: PuzzleError if one of them is not a single token.
     """
-    ids = []
-    for letter in COLOURS:
-        tokens = tokenizer.encode(f" {letter}", add_special_tokens=False)
-        if len(tokens) != 1:
-            pieces = tokenizer.convert_ids_to_tokens(tokens)
-            raise PuzzleError(
-                f"the cell ' {letter}' is {len(tokens)} tokens in this tokenizer ({pieces}); it must be one"
-            )
-        ids.append(tokens[0])
-    return ids
+    return [_one_token(tokenizer, f" {letter}") for letter in COLOURS]
+
+
+def _one_token(tokenizer, text: str) -> int:
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    if len(tokens) != 1:
+        pieces = tokenizer.convert_ids_to_tokens(tokens)
+        raise PuzzleError(f"{text!r} is {len(tokens)} tokens in this tokenizer ({pieces}); it must be one")
+    return tokens[0]

@@ -181,6 +181,8 @@ def gradient_x_activation(
     candidate_ids: Positions | None = None,
     pos_ids: Positions | None = None,
     mode: Literal["zero", "mean", "position_mean"] = "zero",
+    source_dataset_id: DatasetId | None = None,
+    absolute: bool = False,
     show_progress: bool = False,
     device: str = "cpu",
 ) -> Steps[Tensor]:
@@ -191,7 +193,9 @@ def gradient_x_activation(
 
     Args:
         labels, candidate_ids, pos_ids: as in `ablate`.
-        mode: "zero", "mean" or "position_mean", as in `ablate`.
+        mode, source_dataset_id: "zero", "mean" or "position_mean", and the dataset of the mean, as in `ablate`.
+        absolute: sum the absolute values of the positions, so that what pushes up in one place and down in another
+            counts twice; this finds heads that matter, where the plain sum finds those that push in sum.
 
     Returns:
         `[layers, heads + 1]`, the MLP in the last column; nats.
@@ -201,7 +205,11 @@ def gradient_x_activation(
     chosen = checks.answer(model.dimensions.d_vocab, labels, candidate_ids, len(positions))
     means = None
     if mode != "zero":
-        means = yield from session.means.get(session, dataset_id, per_position=mode == "position_mean")
+        per_position = mode == "position_mean"
+        means = yield from session.means.get(session, source_dataset_id or dataset_id, per_position=per_position)
+        if per_position and means.z.shape[1] != sample.seq_len:
+            found, expected = f"{means.z.shape[1]} tokens a sample", f"{sample.seq_len}, as the sample has"
+            raise checks.mismatch("source_dataset_id", found, expected)
     objective = partial(log_probability, labels=chosen, candidate_ids=candidate_ids)
     passed, grads = whole_gradient(model, sample.token_ids, positions, objective)
-    return on_device(product_with(passed, grads, means, model.work_dtype), device)
+    return on_device(product_with(passed, grads, means, model.work_dtype, absolute=absolute), device)

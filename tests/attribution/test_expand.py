@@ -130,8 +130,11 @@ def test_the_share_that_is_enough_bounds_what_enters(session: Any) -> None:
 
 def test_models_without_a_gate_have_one_path_through_an_mlp(tmp_path: Path) -> None:
     session = session_of("gpt2", tmp_path)
-    with pytest.raises(InvalidArgument, match="mlp_i only"):
-        Graph(3, D_MODEL).expand(results()[:1], session, k=100, threshold=1.0, **FAST)
+    graph = Graph(3, D_MODEL)
+    graph.expand(results()[:1], session, k=3, budget=5, **FAST)
+    assert {node.type for node in graph.nodes} == {"lm_head", "attn_q", "attn_k", "attn_v", "mlp_i"}
+    with pytest.raises(InvalidArgument, match="have no gate"):
+        Node.of(graph, 0, N_HEADS, "mlp_g")
     graph, types = Graph(3, D_MODEL), ("attn_v", "mlp_i")
     graph.expand(results()[:1], session, k=3, budget=5, types=types, **FAST)
     assert {node.type for node in graph.nodes} <= {"lm_head", *types}

@@ -44,7 +44,7 @@ def test_a_tokenizer_in_which_a_cell_is_no_single_token_is_refused(byte_level_to
     Result.from_puzzle(gen_puzzle(n=3, m=3), byte_level_tokenizer)
     plain = type(byte_level_tokenizer)(tokenizer_object=_without_merges())
     plain.chat_template = byte_level_tokenizer.chat_template
-    with pytest.raises(PuzzleError, match="the cell ' K' is 2 tokens"):
+    with pytest.raises(PuzzleError, match="' K' is 2 tokens"):
         Result.from_puzzle(gen_puzzle(n=3, m=3), plain)
 
 
@@ -63,3 +63,21 @@ def test_uneven_lists_and_a_position_without_a_predecessor_are_refused():
         Result(0, "x", ["K", "B"], [4], [3], [3, 4])
     with pytest.raises(PuzzleError, match="position 0 is predicted nowhere"):
         Result(0, "x", ["K"], [0], [3], [3, 4])
+
+
+def test_a_text_of_any_kind_is_a_result_with_its_answer(shipped_tokenizer):
+    result = Result.from_text(3, "Hello, I am", " demo", shipped_tokenizer, candidates=[" K", " B"])
+    ids = shipped_tokenizer.encode("Hello, I am demo")
+    assert shipped_tokenizer.encode(result.prompt, add_special_tokens=False) == ids
+    assert result.labels == ids[result.answer_indices[0] :]
+    assert result.query_positions == [at - 1 for at in result.answer_indices]
+    assert "".join(result.answers) == " demo"
+    assert result.candidate_ids == [shipped_tokenizer.encode(one)[0] for one in (" K", " B")]
+    assert Result.from_text(0, "Hello", " there", shipped_tokenizer).candidate_ids is None
+
+
+def test_a_text_whose_answer_cannot_be_told_apart_is_refused(shipped_tokenizer):
+    with pytest.raises(PuzzleError, match="by tokens of its own"):
+        Result.from_text(0, "Hello", "", shipped_tokenizer)
+    with pytest.raises(PuzzleError, match="it must be one"):
+        Result.from_text(0, "Hello", " there", shipped_tokenizer, candidates=["no token of its own"])

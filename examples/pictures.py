@@ -9,6 +9,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from attribution import Graph, LocalSession, get_attn_weights
 from attribution.plots import graph_map, grid_attention
 from puzzles import Result, gen_puzzle, side_neighbor_relations
@@ -28,7 +30,7 @@ def main() -> None:
         model = LocalSession("demo", store=store)
         results = sixteen(model)
         for name, figure in (("grid", grid(model, results)), ("graph", graph(model, results))):
-            figure.savefig(out / f"{name}.png", dpi=130)
+            figure.savefig(out / f"{name}.png", dpi=110)
             print(out / f"{name}.png")
 
 
@@ -41,15 +43,16 @@ def sixteen(model: LocalSession) -> list[Result]:
     return results
 
 
-def grid(model: LocalSession, results: list[Result]):
+def grid(model: LocalSession, results: list[Result]) -> Figure:
     """What the head looks at when it predicts a cell."""
     result = results[side_neighbor_relations.index(SHOWN)]
+    assert result.puzzle is not None  # it was made from one
     query = result.query_positions[CELL : CELL + 1]
     attention = get_attn_weights(model, result, layer=LAYER, head=HEAD, pos_ids=query)[0]
     return grid_attention(result.puzzle, attention, query, f"'{SHOWN}': where head {LAYER}.{HEAD} looks")
 
 
-def graph(model: LocalSession, results: list[Result]):
+def graph(model: LocalSession, results: list[Result]) -> Figure:
     """What the answers of all sixteen puzzles were made from."""
     grown = Graph(len(results), model.status()["hidden_size"])
     grown.expand(results, model, k=8, threshold=0.8, budget=14, order="depth")

@@ -64,8 +64,9 @@ def dendrogram(
     _draw_tree(tree, linkage, heads, colours)
     if threshold is not None:
         tree.axhline(threshold, linestyle="--", color="black", linewidth=0.8)
-        place = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "center"}
-        tree.annotate(f"cut at {threshold:g}", (1.01, threshold), **place)  # beside the tree, which may be anywhere
+        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
+        box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}  # over the tree
+        tree.annotate(f"cut at {threshold:g}", (1, threshold), bbox=box, **place)
         tree.set_ylim(0, 1.1 * max(threshold, *np.asarray(linkage)[:, 2], 1e-9))
     tree.set_title(title)
     names = dict(zip(map(tuple, groups), labels or [""] * len(groups), strict=True))

@@ -29,6 +29,7 @@ torch.save(
         "gradients": {{repr(node): node.gradient(shown).grad for node in g.nodes}},
         "edges": [(repr(a), repr(b), g.score(a, b)) for a, b in g.edges],
         "groups": groups,
+        "faithfulness": [faith.kept, faith.lost, kept, *found.graph.tolist(), *found.gradient.tolist()],
         "completeness": report["completeness_error"],
         "prompts": [result.prompt for result in results],
         "folder": os.path.exists(folder.name),
@@ -149,6 +150,7 @@ def test_local_and_remote_give_the_same_arrays(runs: dict[str, Run]):
             torch.testing.assert_close(other[kind][name], expected, rtol=1e-5, atol=1e-5 * size, msg=str(name))
     assert one["groups"] == other["groups"]
     assert [edge[:2] for edge in one["edges"]] == [edge[:2] for edge in other["edges"]]
+    assert other["faithfulness"] == pytest.approx(one["faithfulness"], rel=1e-5)
     scores = [[edge[2] for edge in run["edges"]] for run in (one, other)]
     assert scores[1] == pytest.approx(scores[0], rel=1e-5, abs=1e-5)
 
@@ -190,6 +192,9 @@ def test_the_story_is_true(local: Run):
     assert same is not None
     assert int(source[1]) > 30
     assert int(same[1]) > 70
+    kept, lost, chosen, *_ = local.kept["faithfulness"]
+    assert lost > 0.8  # the graph's heads are needed,
+    assert kept < chosen  # and those that elimination leaves do better alone
     by_cell, whole = (local.kept["tensors"][name] for name in ("by_cell", "whole"))
     torch.testing.assert_close(by_cell.sum(), whole, rtol=1e-4, atol=0)
     assert "nodes, edges and scores are the same: True" in local.text

@@ -1,5 +1,6 @@
 """Interventions in chats: steered greedy text and logits, against hooks on a plain transformers model."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,57 @@ def test_edges_are_removed_from_a_prompt_in_pieces_and_on_the_reference_path(
 ):
     served: Served = request.getfixturevalue(way)
     check_knockout(served, ask(served, served.names[family], KNOCKOUT, savepoints=PATTERN), family)
+
+
+@pytest.mark.parametrize("way", ["house", "pieces"])
+def test_rows_of_different_lengths_are_changed_each_at_its_own_positions(request: pytest.FixtureRequest, way: str):
+    served: Served = request.getfixturevalue(way)
+    model = served.names["qwen3"]
+    texts = ["in the re", "What a day this is, in the end", "or x", "an other one"]
+    lengths = [len(encode(text)) for text in texts]
+    assert len(set(lengths)) == 4
+    window = {"start": 1, "step": 2}
+    steered = [
+        {"type": "scale", "selector": "z[1]", "heads": [2, 3], "factor": 2, "positions": window},
+        {"type": "add", "selector": "resid_mid[0]", "vector": [0.5] * 48, "positions": "last"},
+        {"type": "knockout", "layers": "all", "heads": [1, 4], "edges": [[-1, 0]]},
+    ]
+
+    def made(text: str) -> Any:
+        fields = {"temperature": 0, "max_tokens": 5, "interventions": steered, "ignore_eos": True, "logprobs": 0}
+        body = {"model": model, "prompt": text, "savepoints": [{"name": "l", "selector": "logits"}]}
+        return served.post(body | fields, "/v1/completions").json()["choices"][0]
+
+    choices = served.together(model, [lambda one=text: made(one) for text in texts])
+    for text, length, choice in zip(texts, lengths, choices, strict=True):
+        tokens = json.loads((served.runs / choice["run_id"] / "run.json").read_text())["choices"][0]["token_ids"]
+        assert len(tokens) == length + 5
+        expected = knocked_out_and_steered(tokens[:-1], length)[length - 1 :]
+        assert tokens[length:] == expected.argmax(-1).tolist()
+        assert distance(torch.load(choice["activation_files"]["l"]), expected) < TOLERANCE
+        ranges = [one["ranges"] for one in choice["interventions"]]
+        odd = [1, length + 4 if (length + 4) % 2 == 0 else length + 3, 2]
+        assert ranges == [[odd], [[length - 1, length, 1]], [[length - 1, length, 1]]]
+
+
+def knocked_out_and_steered(ids: list[int], prompt: int) -> Tensor:
+    """The same by hooks; an edge is removed by a mask of four axes that a hook gives to the attention."""
+    edits = [
+        Edit("z", (1,), lambda x: x * 2, range(1, 10**6, 2), heads=(2, 3)),
+        Edit("resid_mid", (0,), lambda x: x + 0.5, range(prompt - 1, prompt)),
+    ]
+    mask = torch.full((len(ids), len(ids)), float("-inf")).triu(1).repeat(1, N_HEADS, 1, 1)
+    mask[0, [1, 4], prompt - 1, 0] = float("-inf")
+
+    def masked(module: Any, args: Any, kwargs: Any) -> Any:
+        return args, kwargs | {"attention_mask": mask}
+
+    model = plain("qwen3")
+    handles = [
+        layer.self_attn.register_forward_pre_hook(masked, with_kwargs=True) for layer in model.get_decoder().layers
+    ]
+    try:
+        return steered_logits(model, ids, edits)
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,5 +1,6 @@
 """Edits inside a trace: against PyTorch hooks on the plain model, and against the same batch without them."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from attribution.model.resolve import resolve
 from attribution.model.traced import Site, TracedModel
 from attribution.selectors import Point, parse_selector
 from tests.attribution.plain import distance, prompts_of, watch
+from tests.gptq import save_gptq, with_kernels
 from tests.models import FAMILIES, tiny_model, tiny_tokenizer, traced
 from tests.server.steering_oracle import Edit as Plainly
 from tests.server.steering_oracle import steered_logits
@@ -212,3 +214,14 @@ def test_the_probe_counts_how_often_a_module_runs() -> None:
     model = trace_model("shared", plain, tiny_tokenizer())
     assert {site.path for site, seen in model.sites.items() if seen.visits != 1} == {"model.layers.0.mlp.act_fn"}
     assert model.sites[Site("model.layers.0.mlp.act_fn", "output")].visits == 2
+
+
+@pytest.mark.parametrize("point", ["resid_mid", "z", "mlp_out", "k"])
+def test_a_quantised_model_is_edited_in_its_own_modules(point: str, tmp_path: Path) -> None:
+    dense = save_gptq(tmp_path)
+    model = trace_model(str(tmp_path), with_kernels(dense, tmp_path), tiny_tokenizer())
+    (prompt,), (target,) = prompts_of([9]), at(model, f"{point}[1]")
+    edit = Edit(target, 0, lambda x: x * 1.5 + 1, range(-4, 0))
+    logits, _ = forward(model, batch_of([prompt], keep=9), [], changes_of(model, [edit]))
+    plainly = Plainly(point, (1,), lambda x: x * 1.5 + 1, range(5, 9))
+    assert distance(logits[0], steered_logits(dense, prompt, [plainly])) < 1e-4

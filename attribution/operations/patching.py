@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Over = Literal["heads", "attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post"]
 
 
-@operation()
+@operation(path="interventions/patch")
 def patch(
     session: "LocalSession",
     dataset_id: DatasetId,
@@ -70,7 +70,7 @@ def patch(
     return _shown(effects, lambda values: float(values[0]))
 
 
-@operation()
+@operation(path="interventions/patch_sweep")
 def patch_sweep(
     session: "LocalSession",
     dataset_id: DatasetId,

@@ -18,8 +18,10 @@ from attribution.model.replaced import Replacement, replaced_logits
 from attribution.model.traced import TracedModel
 from attribution.operation import Progress, Steps
 
-BATCH_TOKENS, BATCH_LOGITS = 4096, 2**25
+BATCH_TOKENS, BATCH_LOGITS = 2048, 2**25
 """How many tokens the rows of one batch have together at most, and how many logits are scored; one row may have more.
+
+On two cores, 4096 tokens take 10 to 20 % longer a row (models of 0.9 M and 24 M parameters), and 1024 the same.
 """
 
 

@@ -34,17 +34,16 @@ def average(means: Means) -> Written:
 
 
 def of_sample(model: TracedModel, sample: StoredSample) -> Written:
-    """What a stored sample has; whatever was asked for once is kept, at most as much as the sample itself has."""
+    """What a stored sample has; a layer of a point that was asked for once is kept."""
 
     @cache
     def read(point: str, layer: int) -> Tensor:
-        if point == "attn_out":
-            return Block(model, layer).attn_out(read("z", layer)).cpu()
-        if point == "resid_mid":
-            return read("resid_pre", layer) + read("attn_out", layer)
-        if point.startswith("resid_"):
+        if point in ("z", "mlp_out"):
+            return sample.read(point, layer)
+        if point in ("resid_pre", "resid_post"):
             return sample.read("resid", layer + (point == "resid_post"))
-        return sample.read(point, layer)
+        added = Block(model, layer).attn_out(sample.read("z", layer)).cpu()
+        return added if point == "attn_out" else sample.read("resid", layer) + added
 
     return read
 

@@ -19,6 +19,7 @@ from attribution.errors import (
 )
 from attribution.operations.ablations import ablate, ablate_sweep
 from attribution.session import LocalSession
+from attribution.stored import StoredSample
 from tests.attribution.patching_oracle import Put, label_scores, logits_with, points_of
 from tests.attribution.scoring import PROMPTS, ask, plain_model, stored_session
 from tests.models import D_HEAD, D_MODEL, FAMILIES, N_HEADS, N_LAYERS
@@ -132,6 +133,16 @@ def test_a_source_of_another_length_or_dataset_serves_at_positions_of_both(sessi
     given = {"dataset_id": "aligned", "mode": "resample", "layers": [1], "positions": [7, 2], **SCORED}
     found = ask(session, ablate, source_id="s", source_dataset_id="short", **given)
     assert found["after"] == pytest.approx(ask(session, ablate, source_id=1, **given)["after"], rel=1e-6)
+
+
+def test_means_of_attention_are_computed_when_layers_need_them_and_then_kept(
+    session_of: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, given = session_of("gemma2"), {"dataset_id": "aligned", "mode": "mean", **SCORED}
+    head, layer = ({"heads": [(1, 1)]}, {"layers": [1]})
+    first = [ask(session, ablate, **one, **given)["after"] for one in (head, layer)]
+    monkeypatch.setattr(StoredSample, "read", lambda *_: pytest.fail("the means were read again"))
+    assert [ask(session, ablate, **one, **given)["after"] for one in (head, layer)] == first
 
 
 # --- grids

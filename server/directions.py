@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attribution.errors import InvalidRequest, VectorMismatch
+from attribution.errors import InvalidRequest, OutOfRange, VectorMismatch
 from attribution.interventions.functions import Function, adding, projecting_out, replacing, scaling, zeroing
 from attribution.model.block import Block
 from attribution.model.traced import TracedModel
@@ -93,6 +93,12 @@ def _of_vector(one: Sited, vector: SteeringVector, layer: int | None) -> Tensor:
         raise InvalidRequest(
             f"the steering vector {vector.name!r} has a direction for each of the layers {list(vector.layers)}, and "
             f"{one.selector.text!r} names no layers; use a point, as in 'resid_post[3]'",
+            param="name",
+        )
+    if vector.stacked and layer not in vector.layers:
+        raise OutOfRange(
+            f"the steering vector {vector.name!r} has a direction for each of the layers {list(vector.layers)}, and "
+            f"none for layer {layer}",
             param="name",
         )
     direction = vector.vector if layer is None else vector.at(layer)

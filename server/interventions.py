@@ -266,7 +266,7 @@ def check_interventions(model: TracedModel, declared: list[Declared], prompt: in
     for one in declared:
         with naming(one.index):
             if isinstance(one, Sited):
-                check_window("positions", one.window, one.window.span(prompt, most), prompt, limit)
+                check_window(repr(one.selector.text), one.window, one.window.span(prompt, most), prompt, limit)
                 continue
             for edge in one.edges:
                 edge.resolved(prompt, most)

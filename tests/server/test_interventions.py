@@ -168,7 +168,7 @@ def test_rows_of_different_lengths_are_changed_each_at_its_own_positions(request
         return served.post(body | fields, "/v1/completions").json()["choices"][0]
 
     choices = served.together(model, [lambda one=text: made(one) for text in texts])
-    for text, length, choice in zip(texts, lengths, choices, strict=True):
+    for length, choice in zip(lengths, choices, strict=True):
         tokens = json.loads((served.runs / choice["run_id"] / "run.json").read_text())["choices"][0]["token_ids"]
         assert len(tokens) == length + 5
         expected = knocked_out_and_steered(tokens[:-1], length)[length - 1 :]
@@ -200,3 +200,28 @@ def knocked_out_and_steered(ids: list[int], prompt: int) -> Tensor:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2"])
+def test_neighbours_keep_every_bit_beside_edits_and_all_but_rounding_beside_a_knockout(house: Served, family: str):
+    model = house.names[family]
+    everything = [case for case in cases(family).values() if case.interventions][:8]
+
+    def beside(others: list[list[dict[str, Any]]]) -> Tensor:
+        calls = [lambda one=one: ask(house, model, one) for one in [[], *others]]
+        return logits_of(house.together(model, calls)[0])
+
+    without = beside([[] for _ in everything])
+    assert torch.equal(beside([case.interventions for case in everything]), without)
+    assert distance(beside([KNOCKOUT for _ in everything]), without) < 1e-6
+
+
+def test_what_attention_reads_is_changed_beside_a_knockout_of_its_edges(house: Served, qwen: str):
+    scale = {"type": "scale", "factor": 1.5, "positions": {"start": 2}}
+    places = ["model.layers[1].self_attn.input", "model.layers[1].input_layernorm.output"]  # one after the other
+    calls = [lambda one=one: ask(house, qwen, [scale | {"selector": one}, *KNOCKOUT]) for one in places]
+    first, second = house.together(qwen, calls)
+    assert distance(logits_of(first), logits_of(second)) < 1e-6
+    alone = ask(house, qwen, [scale | {"selector": places[0]}])
+    assert distance(logits_of(first)[0], logits_of(alone)[0]) > 1e-3
+    assert [one["steps"] for one in first.choices[0].message.interventions] == [7, 7, 7]

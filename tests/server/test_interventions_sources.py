@@ -57,7 +57,7 @@ def test_a_vector_of_several_layers_gives_each_layer_its_own(house: Served, qwen
     check(house, ask(house, qwen, [change]), "qwen3", Case([], edits))
     refused = house.post(_body(qwen, change | {"selector": "resid_pre[0]"}))
     assert refused.status_code == 422
-    assert error_of(refused)["param"] == "interventions.0.layer"
+    assert error_of(refused)["param"] == "interventions.0.name"
     assert "[1, 2]" in error_of(refused)["message"]
 
 

@@ -43,6 +43,13 @@ def clustering(rounds: int) -> Iterator[Section]:
     yield Section.of("Clustering of heads", clustering.run(rounds), rounds, clustering.NOTE)
 
 
+def graphs(rounds: int) -> Iterator[Section]:
+    """The workflow of graphs, here and through a server."""
+    from benchmarks import graphs
+
+    yield Section.of("Graphs", graphs.run(rounds), rounds, graphs.NOTE)
+
+
 def interventions(rounds: int) -> Iterator[Section]:
     """Sweeps of knockouts against one call each."""
     from benchmarks import interventions
@@ -57,6 +64,7 @@ PARTS: dict[str, Callable[[int], Iterator[Section]]] = {
     "attribution": attribution,
     "concurrency": concurrency,
     "clustering": clustering,
+    "graphs": graphs,
     "interventions": interventions,
 }
 

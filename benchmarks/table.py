@@ -79,6 +79,7 @@ def write(sections: list[Section], folder: Path) -> None:
         print(json.dumps(asdict(section), ensure_ascii=False))
     kept = {one.title: one for one in _read(folder)} | {one.title: one for one in sections}
     records = [asdict(one) for one in kept.values()]
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n")
     head = (
         "# Results\n\nBoth sides of a ratio were measured in turn in one run; absolute numbers compare only within a "

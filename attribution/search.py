@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attribution.errors import InvalidArgument, OutOfRange
+from attribution.errors import OutOfRange
 from attribution.faithful import Elimination, Mode, by_gradient, eliminate
 from attribution.graph import Graph
 from attribution.graph_scope import GraphModel
@@ -65,35 +65,17 @@ def find_graph(
     Raises:
         InvalidArgument, OutOfRange: as `Graph.expand` and `eliminate`.
     """
-    if not results:
-        raise InvalidArgument("results is empty; a graph is found from at least one", param="results")
-    if n_heads < 1 or grown_on < 1:
-        raise OutOfRange("n_heads and grown_on are at least 1", param="n_heads" if n_heads < 1 else "grown_on")
+    for name, value in (("results", len(results)), ("n_heads", n_heads), ("grown_on", grown_on)):
+        if value < 1:
+            raise OutOfRange(f"{name}: there are {value}, and at least 1 is needed", param=name)
     ablation: dict[str, Any] = {"mode": mode, "source_dataset_id": source_dataset_id}
     ranked = by_gradient(results, model, show_progress=show_progress, absolute=True, **ablation)
     ranked = ranked[: max(2 * n_heads, 24) if candidates is None else candidates]
-    gone = eliminate(
-        results,
-        model,
-        1,
-        among=ranked,
-        at_once=at_once,
-        show_progress=show_progress,
-        **ablation,
-    )
+    rounds: dict[str, Any] = {"at_once": at_once, "show_progress": show_progress} | ablation
+    gone = eliminate(results, model, 1, among=ranked, **rounds)
     heads, about = gone.order[:n_heads], GraphModel.of(model)
     graph = Graph(max(r.index for r in results) + 1, about.hidden_size)
     most = about.n_layers * (about.n_heads + 1)
-    graph.expand(
-        results[:grown_on],
-        model,
-        k=most,
-        threshold=1.0,
-        budget=most,
-        order="depth",
-        heads=heads,
-        save=save,
-        show_progress=show_progress,
-        **options,
-    )
+    whole: dict[str, Any] = {"k": most, "threshold": 1.0, "budget": most, "order": "depth", "heads": heads}
+    graph.expand(results[:grown_on], model, save=save, show_progress=show_progress, **whole, **options)
     return Found(graph, heads, tuple(ranked), gone)

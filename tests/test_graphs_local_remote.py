@@ -87,7 +87,7 @@ def test_the_same_script_gives_the_same_arrays(
 ) -> None:
     local, remotely = (script(session, puzzles) for session in sessions)
     assert local.keys() == remotely.keys()
-    assert len(local) == 8 + 5
+    assert len(local) == 13 + 5
     for name, expected in local.items():
         assert expected.abs().max() > 0, name
         torch.testing.assert_close(remotely[name], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))

@@ -16,16 +16,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from attribution.errors import InvalidRequest, StorageFailed
+from server.commands.options import Device, Dtype, Model
 from server.commands.output import show
 
 if TYPE_CHECKING:
     from attribution.faithful import Faithfulness, FaithfulnessCurves
     from attribution.search import Found
+    from attribution.session import LocalSession
     from puzzles import Result
 
 SHARE = 0.4
 _SIZE = re.compile(r"([1-9])x([1-9])")
 _SEEDS = {"found": 0, "held": 10_000, "reference": 20_000}
+
+
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        help='In place of puzzles: a file with a line {"prompt", "answer", "candidates"?} for each prompt; the last '
+        "third is held out.",
+        show_default=False,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -38,48 +50,32 @@ class Task:
 
 
 def attribute(
-    model: Annotated[str, typer.Argument(help="'demo', a hub id, an alias or a folder.")] = "demo",
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help='In place of puzzles: a file with a line {"prompt", "answer", "candidates"?} for each prompt; the '
-            "last third is held out.",
-            show_default=False,
-        ),
-    ] = None,
+    model: Model = "demo",
+    prompts: Prompts = None,
     rule: Annotated[str, typer.Option(help="The rule of the puzzles, or 'any'.")] = "paint right",
     size: Annotated[str, typer.Option(help="Rows and columns of their grids.")] = "3x3",
     examples: Annotated[int, typer.Option(min=1, help="Examples in each puzzle.")] = 4,
     puzzles: Annotated[int, typer.Option(min=1, help="Puzzles that the graph is found by.")] = 16,
     held_out: Annotated[int, typer.Option(min=1, help="Puzzles that it is measured on.")] = 24,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the puzzles and of the random heads.")] = 0,
-    heads: Annotated[
-        int | None,
-        typer.Option(min=1, help="How many heads the graph has. [default: 40 % of them]", show_default=False),
-    ] = None,
+    heads: Annotated[int, typer.Option(min=0, help="How many heads the graph has; 0 is 40 % of them.")] = 0,
     at_once: Annotated[int, typer.Option(min=1, help="Heads that are eliminated in one round.")] = 2,
     draws: Annotated[int, typer.Option(min=1, help="Random orders of heads to compare with.")] = 10,
-    out: Annotated[Path, typer.Option(help="Folder for graph.json, faithfulness.json and the pictures.")] = Path(
-        "attribute_out"
-    ),
-    device: Annotated[str, typer.Option(help="Where the model is put: auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="Number type of the weights: auto, float32, float64, bfloat16 or float16.")
-    ] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for what is found.")] = Path("attribute_out"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Find the heads that carry an answer, draw their graph, and measure how much of the answer they carry."""
     shape = _SIZE.fullmatch(size)
     if shape is None:
         raise InvalidRequest(f"--size is rows and columns as 3x3; found {size!r}", param="size")
-    from attribution.faithful import faithfulness, faithfulness_curves
-    from attribution.search import find_graph
-    from attribution.session import LocalSession
     from puzzles import side_neighbor_relations
 
     if prompts is None and rule not in (*side_neighbor_relations, "any"):
-        raise InvalidRequest(
-            f"--rule is 'any' or one of {', '.join(side_neighbor_relations)}; found {rule!r}", param="rule"
-        )
+        allowed = ", ".join(side_neighbor_relations)
+        raise InvalidRequest(f"--rule is 'any' or one of {allowed}; found {rule!r}", param="rule")
+    from attribution.session import LocalSession
+
     with tempfile.TemporaryDirectory() as store:
         session = LocalSession(model, store=store, device=device, dtype=dtype)
         tokenizer = session.model.tokenizer
@@ -88,17 +84,37 @@ def attribute(
             task = _puzzles(tokenizer, rule, int(shape[1]), int(shape[2]), examples, counts, seed)
         else:
             task = _prompts(tokenizer, prompts)
-        ablation = _stored(session, task)
         dims = session.model.dimensions
         count = heads or max(1, math.floor(SHARE * dims.n_layers * dims.n_heads))
+        title = f"{model}, {prompts.name if prompts else rule}"
+        _find(session, task, count, out, title, {"at_once": at_once}, {"draws": draws, "seed": seed})
+
+
+def _find(
+    session: "LocalSession",
+    task: Task,
+    count: int,
+    out: Path,
+    title: str,
+    searching: dict[str, int],
+    drawing: dict[str, int],
+) -> None:
+    """Find a graph of `count` heads, measure it, print what was measured and write it to `out`."""
+    from attribution.faithful import faithfulness, faithfulness_curves
+    from attribution.search import find_graph
+
+    ablation = _stored(session, task)
+    try:
         out.mkdir(parents=True, exist_ok=True)
-        found = find_graph(task.found, session, count, at_once=at_once, save=out / "graph.json", **ablation)
-        measured = faithfulness(found.heads, task.held, session, **ablation)
-        order = found.elimination.order
-        sizes = sorted({max(1, round(len(order) * part / 8)) for part in range(1, 9)} | {len(found.heads)})
-        drawn = faithfulness_curves(order, task.held, session, sizes=sizes, draws=draws, seed=seed, **ablation)
+    except OSError as error:
+        raise StorageFailed(f"{out} cannot be a folder: {error}") from error
+    found = find_graph(task.found, session, count, save=out / "graph.json", **searching, **ablation)
+    measured = faithfulness(found.heads, task.held, session, **ablation)
+    order = found.elimination.order
+    sizes = sorted({max(1, round(len(order) * part / 8)) for part in range(1, 9)} | {len(found.heads)})
+    drawn = faithfulness_curves(order, task.held, session, sizes=sizes, **drawing, **ablation)
     _tell(found, measured, drawn, task)
-    _write(out, found, measured, drawn, title=f"{model}, {prompts.name if prompts else rule}")
+    _write(out, found, measured, drawn, title)
 
 
 def _puzzles(
@@ -143,7 +159,7 @@ def _prompts(tokenizer: Any, path: Path) -> Task:
     return Task(results[:-held], results[-held:], [])
 
 
-def _stored(session: Any, task: Task) -> dict[str, Any]:
+def _stored(session: "LocalSession", task: Task) -> dict[str, Any]:
     """Run all prompts; how heads are to be ablated."""
     for name, results in vars(task).items():
         if results:

@@ -12,6 +12,7 @@ import typer
 
 from attribution.errors import InvalidRequest, NotFound, SightlineError
 from server.commands.knockout_output import tell, write
+from server.commands.options import Device, Dtype
 
 if TYPE_CHECKING:
     from attribution.model.hub import LocalModel
@@ -80,9 +81,6 @@ Tokens = Annotated[
         show_default="the most likely",
     ),
 ]
-NumberType = Annotated[
-    str, typer.Option(help="Number type of the weights: auto, float32, float64, bfloat16 or float16.")
-]
 
 
 def knockout(
@@ -94,8 +92,8 @@ def knockout(
     tokens: Tokens = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many changed tokens are shown.")] = 10,
     output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
-    device: Annotated[str, typer.Option(help="Where the model is put: auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: NumberType = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Remove edges of attention and show how the next-token distribution changes."""
     if output is not None and output.is_dir():

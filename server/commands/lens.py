@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from attribution.errors import InvalidRequest, StorageFailed
+from server.commands.options import Device, Dtype, Model
 from server.commands.output import show
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _TOKEN = 8
 
 
 def lens(
-    model: Annotated[str, typer.Argument(help="'demo', a hub id, an alias or a folder.")] = "demo",
+    model: Model = "demo",
     prompt: Annotated[
         str | None, typer.Argument(help=f"A text; by default {PROMPT!r}, for 'demo' a puzzle.", show_default=False)
     ] = None,
@@ -40,10 +41,8 @@ def lens(
     top_k: Annotated[int, typer.Option(min=1, help="Tokens of each cell in the JSON file.")] = 5,
     output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.", show_default=False)] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw it into this PNG or SVG.", show_default=False)] = None,
-    device: Annotated[str, typer.Option(help="Where the model is put: auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="Number type of the weights: auto, float32, float64, bfloat16 or float16.")
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Show what a model would say next if the stream entering each layer were the final one (the logit lens)."""
     _check_file("--output", output, None)

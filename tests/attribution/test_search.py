@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from attribution import Graph, LocalSession, eliminate, faithfulness, find_graph
-from attribution.errors import InvalidArgument, OutOfRange
+from attribution.errors import OutOfRange
 from attribution.faithful import by_gradient, ranked_heads
 from puzzles import Result, gen_puzzle
 from tests.attribution.graphing import results, session_of
@@ -37,11 +37,11 @@ def test_the_heads_are_those_that_elimination_leaves_of_the_candidates(session: 
 
 
 def test_what_cannot_be_searched_is_refused(session: Any) -> None:
-    with pytest.raises(InvalidArgument, match="results is empty"):
+    with pytest.raises(OutOfRange, match="results: there are 0"):
         find_graph([], session, 3)
-    with pytest.raises(OutOfRange, match="at least 1"):
+    with pytest.raises(OutOfRange, match="n_heads: there are 0"):
         find_graph(results(), session, 0)
-    with pytest.raises(OutOfRange, match="at least 1"):
+    with pytest.raises(OutOfRange, match="grown_on: there are 0"):
         find_graph(results(), session, 1, grown_on=0)
 
 

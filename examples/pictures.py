@@ -1,8 +1,8 @@
 """Draws the pictures of the front page, on the embedded model: `python -m examples.pictures --out docs`.
 
-1. One puzzle of each of the sixteen rules is run, and a graph is grown from its answers.
+1. One puzzle of each of the sixteen rules is run.
 2. The head that looks at the neighbour which the rule uses is drawn over the grids of one puzzle: `grid.png`.
-3. The graph is drawn with its strongest edges: `graph.png`.
+3. Heads are eliminated until twelve are left, and the graph of these is drawn with its strongest edges: `graph.png`.
 """
 
 import argparse
@@ -11,11 +11,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from attribution import Graph, LocalSession, get_attn_weights
+from attribution import Graph, LocalSession, eliminate, get_attn_weights
 from attribution.plots import graph_map, grid_attention
 from puzzles import Result, gen_puzzle, side_neighbor_relations
 
 LAYER, HEAD = 3, 5  # the head that follows the rule; `minarc_local.ipynb` shows how it is found
+KEPT = 12  # heads of the graph
 SHOWN = "paint up"
 CELL = 5  # of the answer, row by row: the second cell of the second row
 
@@ -53,10 +54,13 @@ def grid(model: LocalSession, results: list[Result]) -> Figure:
 
 
 def graph(model: LocalSession, results: list[Result]) -> Figure:
-    """What the answers of all sixteen puzzles were made from."""
-    grown = Graph(len(results), model.status()["hidden_size"])
-    grown.expand(results, model, k=8, threshold=0.8, budget=14, order="depth")
-    return graph_map(grown, "what wrote the answers of sixteen puzzles: heads (layer.head) and MLPs", most=40)
+    """The heads that carry the answers, and what flows between them."""
+    heads = eliminate(results[::2], model, keep=KEPT, at_once=4, mode="position_mean").order[:KEPT]
+    status = model.status()
+    carrying, most = Graph(len(results), status["hidden_size"]), status["n_layers"] * (status["n_heads"] + 1)
+    carrying.expand(results[::4], model, k=most, threshold=1.0, budget=most, order="depth", heads=heads, steps=2)
+    title = f"the {KEPT} heads (layer.head) that carry the answers, and the MLPs between them"
+    return graph_map(carrying, title, most=40)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ PlainEdge = tuple[int, int, int | float]
 
 _POSITIVE, _NEGATIVE = COLOURS[0], COLOURS[1]
 _WIDEST = 7.0  # points
+_LETTER = 0.095  # inches that a letter of the title takes
 
 
 def graph_map(graph: Graph, title: str, *, most: int = 40, unit: str = "attribution (nats)") -> Figure:
@@ -120,7 +121,8 @@ def graph_picture(
                 param="edges",
             )
     places, depths, widest = _places(nodes)
-    size = (min(24.0, max(6.5, 3.0 + 0.95 * widest)), min(30.0, 2.0 + 0.75 * len(depths)))
+    width = max(6.5, 3.0 + 0.95 * widest, 1.0 + _LETTER * len(title))
+    size = (min(24.0, width), min(30.0, 2.0 + 0.75 * len(depths)))
     figure = Picture(figsize=size, layout="constrained")
     axes = figure.subplots()
     if edges:
@@ -130,7 +132,8 @@ def graph_picture(
         font = max(5.0, min(9.0, 9 * 20 / (widest + 1)))
         axes.text(x, y, readable(label).replace("·", " "), ha="center", va="center", fontsize=font, bbox=box, zorder=3)
     axes.set_yticks(range(len(depths)), [f"{depth:g}" if rows is None else rows[depth] for depth in depths])
-    axes.set(xlim=(-0.9, widest - 0.1), ylim=(-0.6, len(depths) - 0.4), title=title)
+    axes.set(xlim=(-0.9, widest - 0.1), ylim=(-0.6, len(depths) - 0.4))
+    figure.suptitle(title)
     axes.set_ylabel("depth (layer; its MLP at ½)" if rows is None else "")
     axes.set_xticks([])
     for side in ("top", "right", "bottom"):

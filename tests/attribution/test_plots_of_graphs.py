@@ -32,7 +32,8 @@ NODES = [("lm_head", 4.0, 0.0), ("3.5 v", 3.0, 5.0), ("3.2 v", 3.0, 2.0), ("mlp 
 
 def test_a_graph_has_its_layers_upwards_and_edges_as_wide_as_their_scores():
     edges = [(1, 0, 4.0), (2, 0, -1.0), (3, 1, 2.0)]
-    axes = drawn(graph_picture(NODES, edges, "a graph", unit="bits")).axes[0]
+    figure = drawn(graph_picture(NODES, edges, "a graph", unit="bits"))
+    axes = figure.axes[0]
     places = {text.get_text(): text.get_position() for text in axes.texts}
     assert [places[name][1] for name in ("mlp 1", "3.2 v", "3.5 v", "lm_head")] == [0, 1, 1, 2]
     assert places["3.2 v"][0] < places["3.5 v"][0]  # by column, not as given
@@ -49,7 +50,13 @@ def test_a_graph_has_its_layers_upwards_and_edges_as_wide_as_their_scores():
     assert legend is not None
     assert legend.get_title().get_text() == "bits"
     assert [text.get_text() for text in legend.get_texts()] == ["4", "1", "-1"]
-    assert axes.get_title() == "a graph"
+    assert figure.get_suptitle() == "a graph"
+
+
+def test_a_long_title_fits_into_the_picture_of_a_small_graph():
+    figure = drawn(graph_picture(NODES, [], "the twelve heads that carry the answers, and the MLPs between them, MMMM"))
+    box = figure._suptitle.get_window_extent()
+    assert 0 < box.x0 < box.x1 < figure.bbox.width
 
 
 def test_nodes_of_a_depth_never_overlap_however_far_their_columns_lie():

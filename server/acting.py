@@ -93,7 +93,8 @@ class Acting:
         for one in self._knockouts if stop > start else ():
             removed = removed_edges(one.edges, range(start, stop), stop, self._prompt, self._most)
             if removed.any():
-                told = partial(_count_edges, self._receipts[one.index], start, stop, removed)
+                queries = [range(query, query + 1) for query in (removed.any(-1).nonzero().flatten() + start).tolist()]
+                told = partial(self._receipts[one.index].count, stop, queries, edges=int(removed.sum()))
                 found.append(Removal(row, one, removed, told))
         return found
 
@@ -102,10 +103,11 @@ class Acting:
         n_heads = self._n_heads
         found = torch.zeros(n_heads, len(queries), keys, dtype=torch.bool)
         for one in self._knockouts:
-            if layer in one.layers:
+            if layer in one.layers and queries:
                 heads = list(range(n_heads) if one.heads is None else one.heads)
-                of_all = removed_edges(one.edges, range(keys), keys, self._prompt, self._most)
-                found[heads] |= of_all[queries]
+                first = min(queries)
+                rows = removed_edges(one.edges, range(first, max(queries) + 1), keys, self._prompt, self._most)
+                found[heads] |= rows[[query - first for query in queries]]
         return found if bool(found.any()) else None
 
 
@@ -115,11 +117,6 @@ def _index(one: Ready | Knockout) -> int:
 
 def _count(receipt: Receipt, stop: int, layer: int | None, columns: range) -> None:
     receipt.count(stop, [range(columns.start + stop, columns.stop + stop, columns.step)], layer)
-
-
-def _count_edges(receipt: Receipt, start: int, stop: int, removed: Tensor, layer: int) -> None:
-    rows = (removed.any(-1).nonzero().flatten() + start).tolist()
-    receipt.count(stop, [range(row, row + 1) for row in rows], layer, int(removed.sum()))
 
 
 @dataclass(frozen=True)

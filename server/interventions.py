@@ -70,12 +70,6 @@ class Sited:
         return list(self.selector.layers) or [None] * len(self.targets)
 
     @property
-    def width(self) -> tuple[int, ...]:
-        """The shape of one position, of the chosen heads alone where some are."""
-        width = self.selector.width
-        return width if self.heads is None else (len(self.heads), *width[1:])
-
-    @property
     def described(self) -> dict[str, Any]:
         """What it is, for its receipt."""
         name = {} if self.body.name is None else {"name": self.body.name}

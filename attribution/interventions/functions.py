@@ -15,7 +15,6 @@ from torch import Tensor
 
 Function = Callable[[Tensor], Tensor]
 Normalise = Literal["relative", "preserve", "both"]
-NORMALISE: tuple[Normalise, ...] = ("relative", "preserve", "both")
 
 
 def adding(direction: Float[Tensor, "group width"], strength: float, normalise: Normalise | None = None) -> Function:

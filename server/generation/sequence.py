@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from attribution.errors import Cancelled, SightlineError
+from attribution.errors import Cancelled, NotFinite, SightlineError
 from attribution.model.capture import Stream
 from attribution.model.decode import Fed
 from server.acting import Acting
@@ -109,7 +109,7 @@ class Sequence:
         if self.limit == 0:
             return self._end("length")
         logits = fed.logits[row, -1]
-        token = self.sampler.choose(logits)
+        token = self._choose(logits)
         self.tokens.append(token)
         self.first_token = self.first_token or time.perf_counter()
         if self.comparison is not None:
@@ -125,6 +125,18 @@ class Sequence:
             return self._end("length")
         self._tell()
         return token
+
+    def _choose(self, logits: Tensor) -> int:
+        try:
+            return self.sampler.choose(logits)
+        except NotFinite as error:
+            if self.acting is None:
+                raise
+            raise NotFinite(
+                "the model's logits are NaN: the interventions of this request may have driven its activations out of "
+                f"range; make them weaker. Without interventions: {error.message}",
+                param="interventions",
+            ) from error
 
     def fail(self, error: SightlineError) -> None:
         """End without a result."""

@@ -12,7 +12,7 @@ from tests.attribution.plain import distance
 from tests.models import D_MODEL, N_LAYERS
 from tests.server.steering_cases import vector
 from tests.server.steering_oracle import Edit, steered_logits
-from tests.server.support import HELLO, HELLO_TEXT, Served, decode, encode, plain, plain_greedy, plain_logits
+from tests.server.support import HELLO, HELLO_TEXT, Served, decode, encode, error_of, plain, plain_greedy, plain_logits
 from tests.server.test_interventions import alone, ask, pieces  # noqa: F401  fixtures
 
 PROMPT, TOKENS = encode(HELLO_TEXT), 7
@@ -270,3 +270,16 @@ def test_an_answer_can_be_sent_back_as_it_came_and_one_without_interventions_has
 def test_layers_are_those_of_the_model(house: Served, qwen: str):
     answer = ask(house, qwen, [SCALE | {"selector": "model.layers[*].mlp.output"}], savepoints=None)
     assert receipt_of(answer)["layers"] == list(range(N_LAYERS))
+
+
+def test_activations_out_of_range_are_an_error_that_names_the_interventions(house: Served, qwen: str):
+    huge = {"type": "scale", "selector": "resid_post[0:2]", "factor": 1e30}
+    calls = [
+        lambda: house.post({"model": qwen, "messages": HELLO, "max_tokens": 2, "interventions": [huge]}),
+        lambda: ask(house, qwen, []),
+    ]
+    failed, neighbour = house.together(qwen, calls)
+    error = error_of(failed)
+    assert (failed.status_code, error["code"], error["param"]) == (500, "not_finite", "interventions")
+    assert "make them weaker" in error["message"]
+    assert house.generated(neighbour) == plain_greedy("qwen3", PROMPT, TOKENS)

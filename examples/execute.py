@@ -32,9 +32,8 @@ def executed(path: Path, further: Sequence[str] = ()) -> NotebookNode:
     notebook.cells += [nbformat.v4.new_code_cell(source) for source in further]
     with tempfile.TemporaryDirectory() as folder:
         kernel = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}  # files in place of ports
-        client = NotebookClient(
-            notebook, timeout=_SECONDS, record_timing=False, config=Config(AsyncKernelManager=kernel)
-        )
+        options = {"timeout": _SECONDS, "record_timing": False, "coalesce_streams": True}
+        client = NotebookClient(notebook, config=Config(AsyncKernelManager=kernel), **options)
         own = dict.fromkeys(("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR"), folder)
         client.execute(cwd=str(HERE), env=os.environ | own)
     return notebook

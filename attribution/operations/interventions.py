@@ -1,9 +1,9 @@
 """Interventions: what the next token would be if something inside the model were otherwise. `docs/knockout.md`."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import ConfigDict, with_config
+from pydantic import ConfigDict, TypeAdapter, WithJsonSchema, with_config
 from typing_extensions import TypedDict
 
 from attribution import checks
@@ -34,6 +34,10 @@ class Specification(TypedDict, total=False):
     edges: list[EdgeArg]
 
 
+SpecificationArg = Annotated[Specification, WithJsonSchema(TypeAdapter(Specification).json_schema())]
+"""Its schema is written out where it stands, since the OpenAPI page follows no references."""
+
+
 @operation(path="interventions/knockout")
 def knockout(
     session: "LocalSession",
@@ -48,7 +52,7 @@ def knockout(
     top_k: Index = 10,
     position: Index = -1,
     include_patterns: bool = False,
-    specifications: list[Specification] | None = None,
+    specifications: list[SpecificationArg] | None = None,
     show_progress: bool = False,
     device: str = "cpu",
 ) -> Steps[dict[str, Any]]:
@@ -98,7 +102,7 @@ def knockout(
 @operation(path="interventions/knockout_sweep")
 def knockout_sweep(
     session: "LocalSession",
-    specifications: list[Specification],
+    specifications: list[SpecificationArg],
     prompt: str | None = None,
     *,
     messages: list[Message] | None = None,

@@ -69,11 +69,16 @@ def find_graph(
         if value < 1:
             raise OutOfRange(f"{name}: there are {value}, and at least 1 is needed", param=name)
     ablation: dict[str, Any] = {"mode": mode, "source_dataset_id": source_dataset_id}
-    ranked = by_gradient(results, model, show_progress=show_progress, absolute=True, **ablation)
-    ranked = ranked[: max(2 * n_heads, 24) if candidates is None else candidates]
+    about = GraphModel.of(model)
+    every, first = about.n_layers * about.n_heads, max(2 * n_heads, 24) if candidates is None else candidates
+    if n_heads > every:
+        raise OutOfRange(f"n_heads is {n_heads}; the model has {every} heads", param="n_heads")
+    if first < n_heads:
+        raise OutOfRange(f"candidates is {first}; {n_heads} heads are to be chosen from them", param="candidates")
+    ranked = by_gradient(results, model, show_progress=show_progress, absolute=True, **ablation)[:first]
     rounds: dict[str, Any] = {"at_once": at_once, "show_progress": show_progress} | ablation
     gone = eliminate(results, model, 1, among=ranked, **rounds)
-    heads, about = gone.order[:n_heads], GraphModel.of(model)
+    heads = gone.order[:n_heads]
     graph = Graph(max(r.index for r in results) + 1, about.hidden_size)
     most = about.n_layers * (about.n_heads + 1)
     whole: dict[str, Any] = {"k": most, "threshold": 1.0, "budget": most, "order": "depth", "heads": heads}

@@ -10,7 +10,7 @@ from attribution.errors import OutOfRange
 from attribution.faithful import by_gradient, ranked_heads
 from puzzles import Result, gen_puzzle
 from tests.attribution.graphing import results, session_of
-from tests.models import N_HEADS
+from tests.models import N_HEADS, N_LAYERS
 
 QUIET: dict[str, Any] = {"show_progress": False}
 
@@ -43,6 +43,11 @@ def test_what_cannot_be_searched_is_refused(session: Any) -> None:
         find_graph(results(), session, 0)
     with pytest.raises(OutOfRange, match="grown_on: there are 0"):
         find_graph(results(), session, 1, grown_on=0)
+    with pytest.raises(OutOfRange, match=f"n_heads is {N_LAYERS * N_HEADS + 1}; the model has {N_LAYERS * N_HEADS}"):
+        find_graph(results(), session, N_LAYERS * N_HEADS + 1)
+    for few in (2, -1):
+        with pytest.raises(OutOfRange, match=f"candidates is {few}; 3 heads are to be chosen"):
+            find_graph(results(), session, 3, candidates=few)
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def faithfulness(
     """
     every = _every_head(model)
     chosen = _chosen(heads, every)
-    rest = [one for one in every if one not in set(chosen)]
+    rest = _without(chosen, every)
     ablation = {"mode": mode, "source_dataset_id": source_dataset_id}
     sets = [[], every, rest, chosen]
     runs = _log_probabilities(sets, results, model, ablation, "faithfulness", show=show_progress)
@@ -216,8 +216,7 @@ def _log_probabilities(
     show: bool,
 ) -> Float[Tensor, "set"]:
     """The summed log-probability of the answer with each set of heads ablated, the mean over samples, in float64."""
-    if len(results) == 0:
-        raise InvalidArgument("results is empty; the mean is taken over at least one", param="results")
+    _refuse_none(results)
     total = torch.zeros(len(sets), dtype=torch.float64)
     with progress_bar(len(results), label, show=show) as bar:
         for r in results:
@@ -238,6 +237,7 @@ def _log_probabilities(
 
 def by_gradient(results: Sequence[Any], model: Any, *, show_progress: bool = True, **options: Any) -> list[Head]:
     """All heads by the mean of gradient × activation, the greatest first; options as of `gradient_x_activation`."""
+    _refuse_none(results)
     total: Any = 0.0
     with progress_bar(len(results), "gradient", show=show_progress) as bar:
         for r in results:
@@ -249,6 +249,11 @@ def by_gradient(results: Sequence[Any], model: Any, *, show_progress: bool = Tru
     return sorted(_every_head(model), key=lambda head: -float(total[head]))
 
 
+def _refuse_none(results: Sequence[Any]) -> None:
+    if len(results) == 0:
+        raise InvalidArgument("results is empty; the mean is taken over at least one", param="results")
+
+
 def _every_head(model: Any) -> list[Head]:
     found = GraphModel.of(model)
     return [(layer, head) for layer in range(found.n_layers) for head in range(found.n_heads)]
@@ -256,8 +261,9 @@ def _every_head(model: Any) -> list[Head]:
 
 def _chosen(heads: Graph | Sequence[Head], every: list[Head]) -> list[Head]:
     given = ranked_heads(heads) if isinstance(heads, Graph) else [(int(layer), int(head)) for layer, head in heads]
+    known = set(every)
     for one in given:
-        if one not in set(every):
+        if one not in known:
             raise OutOfRange(f"{one} is no head of this model; its last is {every[-1]}", param="heads")
     return list(dict.fromkeys(given))
 

@@ -120,6 +120,7 @@ def test_a_graph_grows_among_chosen_heads_alone(session: Any) -> None:
     ("call", "error", "words"),
     [
         (lambda s: faithfulness([(0, 1)], [], s), InvalidArgument, "results is empty"),
+        (lambda s: faithfulness_curves([(0, 1)], [], s), InvalidArgument, "results is empty"),
         (lambda s: faithfulness([(0, N_HEADS)], results(), s), OutOfRange, r"\(0, 6\) is no head"),
         (lambda s: faithfulness_curves([(0, 1)], results(), s, sizes=[2]), OutOfRange, "1 to 1 heads"),
         (lambda s: faithfulness_curves([(0, 1)], results(), s, draws=0), OutOfRange, "at least 1"),

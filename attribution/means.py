@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attribution.errors import CannotFit, ShapeMismatch
+from attribution import checks
+from attribution.errors import CannotFit, InvalidArgument, ShapeMismatch
 from attribution.model.block import Block
 from attribution.operation import Progress, Steps
 
@@ -65,6 +66,39 @@ class MeanCache:
             known = yield from _means(session.model if attention else None, samples, per_position=per_position)
             self._key, self._means = key, known
         return known
+
+
+def means_for(
+    session: "LocalSession",
+    sample: "StoredSample",
+    mode: str,
+    source_dataset_id: str | None,
+    *,
+    attention: bool = False,
+) -> Steps[Means | None]:
+    """The means that take the place of what a sample has; None of mode "zero", whose place is taken by nothing.
+
+    Args:
+        source_dataset_id: whose means; None is the sample's dataset.
+        attention: as in `MeanCache.get`.
+
+    Raises:
+        InvalidArgument: a dataset, and no mean is asked for.
+        ShapeMismatch: means at each position, of samples of another length than this one.
+        CannotFit: as `MeanCache.get`.
+    """
+    if mode == "zero":
+        if source_dataset_id is not None:
+            raise InvalidArgument(
+                "source_dataset_id names samples, and mode 'zero' takes none", param="source_dataset_id"
+            )
+        return None
+    dataset_id, per_position = source_dataset_id or sample.dataset_id, mode == "position_mean"
+    means = yield from session.means.get(session, dataset_id, per_position=per_position, attention=attention)
+    if per_position and means.z.shape[1] != sample.seq_len:
+        found, expected = f"{means.z.shape[1]} tokens a sample", f"{sample.seq_len}, as the sample has"
+        raise checks.mismatch("source_dataset_id", found, expected)
+    return means
 
 
 def _means(model: "TracedModel | None", samples: "list[StoredSample]", *, per_position: bool) -> Steps[Means]:

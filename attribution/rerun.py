@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attribution import checks
+from attribution.errors import NotFinite
 from attribution.model.replaced import Replacement, replaced_logits
 from attribution.model.traced import TracedModel
 from attribution.operation import Progress, Steps
@@ -89,6 +90,9 @@ def rerun(
 
     Args:
         rows: `count` of them, asked for when their batch comes.
+
+    Raises:
+        NotFinite: a label's log-probability is NaN or infinite in one of the runs.
     """
     scored = max(1, len(answer.positions) * model.dimensions.d_vocab)
     size = max(1, min(BATCH_TOKENS // len(token_ids), BATCH_LOGITS // scored))
@@ -96,6 +100,7 @@ def rerun(
     for start in range(0, count, size):
         batch = list(islice(source, size))
         found.append(_score(replaced_logits(model, token_ids, batch, answer.positions), answer))
+        _check_finite(found[-1].log_prob, start, batch)
         yield Progress(start + len(batch), count)
     diffs = [one.logit_diff for one in found if one.logit_diff is not None]
     return Scores(
@@ -114,6 +119,16 @@ def _score(logits: Float[Tensor, "row pos vocab"], answer: Answer) -> Scores:
     if answer.candidate_ids is not None:
         logits = logits[..., answer.candidate_ids]
     return Scores(_picked(logits.log_softmax(-1), answer.labels).cpu(), diff, rounding)
+
+
+def _check_finite(log_prob: Float[Tensor, "row pos"], start: int, batch: list[list[Replacement]]) -> None:
+    wrong = (~log_prob.isfinite()).any(-1).nonzero().flatten().tolist()
+    if wrong:
+        how = "with what was put in place" if batch[wrong[0]] else "as it is"
+        raise NotFinite(
+            f"the model computes NaN or inf for this sample {how} (run {start + wrong[0]}): its answer is worth no "
+            "number that others could be compared with"
+        )
 
 
 def _picked(values: Float[Tensor, "row pos token"], tokens: list[int]) -> Float[Tensor, "row pos"]:

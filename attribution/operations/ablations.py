@@ -17,6 +17,7 @@ from attribution import checks
 from attribution.ablation import Components, ablated
 from attribution.arguments import DatasetId, Index, Positions, SampleId, SampleIds
 from attribution.errors import InvalidArgument
+from attribution.means import means_for
 from attribution.operation import Steps, operation
 from attribution.operations.devices import on_device
 from attribution.rerun import Answer
@@ -200,19 +201,11 @@ def _draws(
     """What is put in place of what the sets write."""
     if source_id is not None and mode != "resample":
         raise InvalidArgument(f"source_id is of mode 'resample', and mode is {mode!r}", param="source_id")
-    if source_dataset_id is not None and mode == "zero":
-        raise InvalidArgument("source_dataset_id names samples, and mode 'zero' takes none", param="source_dataset_id")
     if mode == "resample":
         return _sources(session, sample, sets, source_id, source_dataset_id)
-    if mode == "zero":
-        return [partial(nothing, session.model)]
-    dataset_id, per_position = source_dataset_id or sample.dataset_id, mode == "position_mean"
     attention = any(one.layers for one in sets)
-    means = yield from session.means.get(session, dataset_id, per_position=per_position, attention=attention)
-    if per_position and means.z.shape[1] != sample.seq_len:
-        found, expected = f"{means.z.shape[1]} tokens a sample", f"{sample.seq_len}, as the sample has"
-        raise checks.mismatch("source_dataset_id", found, expected)
-    return [partial(average, means)]
+    means = yield from means_for(session, sample, mode, source_dataset_id, attention=attention)
+    return [partial(nothing, session.model) if means is None else partial(average, means)]
 
 
 def _sources(

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from attribution import checks
 from attribution.arguments import DatasetId, Index, Positions, SampleId, TensorArg, TensorList
-from attribution.errors import InvalidArgument
+from attribution.errors import InvalidArgument, NotFinite
 from attribution.gradients import NodeQuery, node_gradient, node_report
 from attribution.integrate import Integrated, Rule
+from attribution.means import means_for
 from attribution.model.whole_gradient import whole_gradient
 from attribution.operation import Progress, Steps, operation
 from attribution.operations.devices import on_device
@@ -203,13 +204,13 @@ def gradient_x_activation(
     model, sample = session.model, session.sample(dataset_id, sample_id)
     positions = checks.positions("pos_ids", pos_ids, sample.seq_len)
     chosen = checks.answer(model.dimensions.d_vocab, labels, candidate_ids, len(positions))
-    means = None
-    if mode != "zero":
-        per_position = mode == "position_mean"
-        means = yield from session.means.get(session, source_dataset_id or dataset_id, per_position=per_position)
-        if per_position and means.z.shape[1] != sample.seq_len:
-            found, expected = f"{means.z.shape[1]} tokens a sample", f"{sample.seq_len}, as the sample has"
-            raise checks.mismatch("source_dataset_id", found, expected)
+    means = yield from means_for(session, sample, mode, source_dataset_id)
     objective = partial(log_probability, labels=chosen, candidate_ids=candidate_ids)
     passed, grads = whole_gradient(model, sample.token_ids, positions, objective)
-    return on_device(product_with(passed, grads, means, model.work_dtype, absolute=absolute), device)
+    scores = product_with(passed, grads, means, model.work_dtype, absolute=absolute)
+    if not scores.isfinite().all():
+        raise NotFinite(
+            f"the gradient or an activation of this sample is NaN or inf in {model.dtype}; load the model in a dtype "
+            "of greater range"
+        )
+    return on_device(scores, device)

@@ -1,16 +1,20 @@
 """Gradient × activation against the plain model: its autograd, and what really happens to the objective."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from attribution.errors import GradientsRefused
+from attribution.errors import GradientsRefused, InvalidArgument, NotFinite
+from attribution.model.load import trace_model
 from attribution.operations.ablations import ablate
 from attribution.operations.gradients import gradient_x_activation
+from attribution.operations.samples import forward
+from attribution.session import LocalSession
 from tests.attribution.autograd_oracle import layers_of, log_probability, record
 from tests.attribution.scoring import PROMPTS, ask, plain_model, stored_session
-from tests.models import FAMILIES, N_HEADS, N_LAYERS
+from tests.models import FAMILIES, N_HEADS, N_LAYERS, tiny_model, tiny_tokenizer
 
 SCORED = {"labels": [17, 200, 3], "pos_ids": [9, 3, 6], "candidate_ids": [200, 3, 17, 90]}
 STEP = 1e-2  # transformers computes norms in float32 even here: smaller steps drown in its rounding
@@ -57,6 +61,24 @@ def test_with_means_it_estimates_what_mean_ablation_takes_away(tmp_path) -> None
     both = torch.stack([scores[:, :-1].flatten(), torch.tensor(losses)])
     assert float(torch.corrcoef(both)[0, 1]) > 0.8
     assert not torch.allclose(scores, ask(session, gradient_x_activation, mode="zero", **SCORED), rtol=1e-2)
+
+
+def test_a_dataset_of_means_is_refused_where_no_mean_is_taken(tmp_path) -> None:
+    session = stored_session("qwen3", tmp_path)
+    with pytest.raises(InvalidArgument, match="mode 'zero' takes none") as refused:
+        ask(session, gradient_x_activation, source_dataset_id="puzzles", **SCORED)
+    assert refused.value.param == "source_dataset_id"
+
+
+@pytest.mark.parametrize("operation", [gradient_x_activation, ablate])
+def test_a_model_that_computes_nan_gives_no_number(tmp_path, operation: Any) -> None:
+    module = tiny_model("llama")
+    session = LocalSession(trace_model("broken", module, tiny_tokenizer()), store=tmp_path)
+    ask(session, forward, token_ids=PROMPTS[0])
+    with torch.no_grad():
+        module.lm_head.weight[3] = math.nan
+    with pytest.raises(NotFinite, match="NaN or inf"):
+        ask(session, operation, **SCORED)
 
 
 def test_a_model_whose_kernels_have_no_gradient_is_refused(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

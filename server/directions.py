@@ -44,7 +44,7 @@ def function_of(one: Sited, direction: Tensor | None) -> Function:
     """
     body = one.body
     points = body.type == "project_out" or body.normalise in ("relative", "both")
-    if points and direction is not None and not bool(direction.norm(dim=-1).gt(0).all()):
+    if points and direction is not None and not bool(direction.ne(0).any(-1).all()):
         name = "name" if body.vector is None else "vector"
         raise InvalidRequest("the vector is 0 and has no direction", param=name)
     match body.type, direction:

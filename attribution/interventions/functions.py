@@ -25,15 +25,17 @@ def adding(direction: Float[Tensor, "group width"], strength: float, normalise: 
             result is scaled back to the norm of x; "both": first one, then the other; None: neither.
     """
 
+    relative = normalise in ("relative", "both")
+
     def add(x: Tensor, v: Tensor) -> Tensor:
         norm = x.norm(dim=-1, keepdim=True)
-        step = v * (norm / v.norm(dim=-1, keepdim=True)) if normalise in ("relative", "both") else v
+        step = v * norm if relative else v
         result = x + strength * step
         if normalise in ("preserve", "both"):
             result = result * (norm / result.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
         return result
 
-    return _of_groups(direction, add)
+    return _of_groups(_unit(direction) if relative else direction, add)
 
 
 def scaling(factor: float) -> Function:
@@ -55,10 +57,15 @@ def projecting_out(direction: Float[Tensor, "group width"]) -> Function:
     """x − ⟨x, u⟩ u with u = v / ‖v‖."""
 
     def project(x: Tensor, v: Tensor) -> Tensor:
-        unit = v / v.norm(dim=-1, keepdim=True)
-        return x - (x * unit).sum(-1, keepdim=True) * unit
+        return x - (x * v).sum(-1, keepdim=True) * v
 
-    return _of_groups(direction, project)
+    return _of_groups(_unit(direction), project)
+
+
+def _unit(direction: Tensor) -> Tensor:
+    """v / ‖v‖ in float64; scaled first, as the squares of very large or small numbers are infinite or 0."""
+    scaled = direction.double() / direction.double().abs().amax(-1, keepdim=True)
+    return scaled / scaled.norm(dim=-1, keepdim=True)
 
 
 def _of_groups(direction: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Function:

@@ -31,6 +31,13 @@ def test_a_direction_is_projected_out():
     assert slanted.flatten().tolist() == pytest.approx([-0.5, 0.5, -1, 1])
 
 
+@pytest.mark.parametrize("size", [1e30, 1e-30, 1e200, 1e-200])
+def test_the_length_of_a_direction_counts_for_nothing_where_it_only_points(size: float):
+    direction = torch.tensor([[0.0, size]], dtype=torch.float64)
+    assert projecting_out(direction)(ROWS).tolist() == [[3, 0], [0, 0]]
+    assert adding(direction, 3.0, "relative")(ROWS).tolist() == [[3, 19], [0, 8]]
+
+
 def test_rows_are_scaled_zeroed_and_replaced():
     assert scaling(-0.5)(ROWS).tolist() == [[-1.5, -2], [0, -1]]
     assert zeroing()(ROWS).tolist() == [[0, 0], [0, 0]]

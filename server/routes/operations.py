@@ -72,11 +72,30 @@ def _row(operation: Operation) -> dict[str, Any]:
 
 def schema_of(operation: Operation) -> dict[str, Any]:
     """The body of an operation's route as a JSON schema."""
-    schema = operation.params.model_json_schema()
+    schema = _without_references(operation.params.model_json_schema())
     properties = {name: one for name, one in schema["properties"].items() if name not in CALLERS_OWN}
     text = "A loaded model; left out, the only one."
     properties["model"] = {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None, "description": text}
     return schema | {"properties": properties, "additionalProperties": False}
+
+
+def _without_references(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema with each `{"$ref": "#/$defs/…"}` replaced by what it names.
+
+    Inside `/openapi.json` such a path would be one of that document, in which nothing is found. A definition that
+    names itself has no end here; no operation takes one.
+    """
+    definitions = schema.get("$defs", {})
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            name = value.get("$ref", "")
+            return (
+                plain(definitions[name.rsplit("/", 1)[1]]) if name else {key: plain(one) for key, one in value.items()}
+            )
+        return [plain(one) for one in value] if isinstance(value, list) else value
+
+    return {key: plain(value) for key, value in schema.items() if key != "$defs"}
 
 
 def _summary(operation: Operation) -> str:

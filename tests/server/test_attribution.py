@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,19 @@ def test_the_operations_are_listed_with_their_schemas(one: Served):
     assert (set(written["properties"]), written["required"]) == (set(schema["properties"]), schema["required"])
     assert MEDIA_TYPE in shown["requestBody"]["content"]
     assert {f"/{operation.path}" for operation in OPERATIONS.values()} <= set(paths)
+
+
+def test_the_openapi_page_names_nothing_that_is_not_in_it(one: Served):
+    document = one.http.get("/openapi.json").json()
+    text = json.dumps(document)
+    assert "$defs" not in text
+    for path in re.findall(r'"\$ref": "#/([^"]+)"', text):
+        found = document
+        for part in path.split("/"):
+            assert part in found, path
+            found = found[part]
+    body = document["paths"]["/interventions/knockout_sweep"]["post"]["requestBody"]["content"]["application/json"]
+    assert {"layers", "heads", "edges"} == set(body["schema"]["properties"]["specifications"]["items"]["properties"])
 
 
 def test_the_key_is_asked_for(folders: dict[str, Path], tmp_path: Path):

@@ -198,7 +198,8 @@ async def _on_invalid(_: Request, error: Exception) -> JSONResponse:
     if isinstance(first.get("input"), bytes):
         return _reply(InvalidRequest("the body was not read as JSON; send it with 'Content-Type: application/json'"))
     found = "" if first["type"] == "missing" else f"; found {str(first.get('input'))[:80]!r}"
-    return _reply(InvalidRequest(f"{where or 'the body'}: {first['msg']}{found}", param=where or None))
+    reason = first["msg"].removeprefix("Value error, ")
+    return _reply(InvalidRequest(f"{where or 'the body'}: {reason}{found}", param=where or None))
 
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:

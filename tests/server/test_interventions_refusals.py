@@ -66,7 +66,7 @@ FIELDS: list[tuple[dict[str, Any], str, str]] = [
     (without(CUT, "edges"), "edges", "'knockout' needs 'edges'"),
     (CUT | {"edges": []}, "edges", "edges is empty"),
     (CUT | {"layers": []}, "layers", "layers is empty"),
-    (CUT | {"edges": [[0]]}, "edges.0", "an edge is [query, key]"),
+    (CUT | {"edges": [[0]]}, "edges.0", "edges.0: an edge is [query, key]"),
     (CUT | {"heads": [6]}, "heads", "the heads are 0 to 5; found 6"),
 ]
 

@@ -130,6 +130,16 @@ def test_a_file_of_another_model_is_refused_and_changes_nothing(graph: Graph, tm
         later.backward(results()[0], llama)
 
 
+def test_a_file_of_the_same_model_with_other_weights_is_refused(graph: Graph, tmp_path: Path) -> None:
+    session = session_of("qwen3", tmp_path / "qwen3")
+    Node(N_LAYERS, 0, "lm_head").backward(results()[0], session)
+    record = json.loads(graph.save(tmp_path / "graph.json").read_text())
+    record["model"]["fingerprint"] = "0" * 64
+    (tmp_path / "graph.json").write_text(json.dumps(record))
+    with pytest.raises(SampleMismatch, match="weights 000000000000"):
+        Graph.load(tmp_path / "graph.json", session)
+
+
 def _cyclic(record: dict[str, Any]) -> None:
     record["edges"].append([3, 0, None])
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attribution.errors import BadSelector, InvalidRequest, SightlineError
-from attribution.interventions.edges import EdgeSpec, Span, check_edges, parse_selection, resolve_side
+from attribution.interventions.edges import EdgeSpec, Span, check_edges, selected
 from attribution.interventions.functions import Function
 from attribution.model.block import Block
 from attribution.model.edges import check_cuttable
@@ -236,12 +236,7 @@ def _knockout(model: TracedModel, index: int, body: InterventionBody) -> Knockou
     if not body.edges:
         raise InvalidRequest("edges is empty; it names at least one, as [[-1, 0]]", param="edges")
     dims = model.dimensions
-    chosen = parse_selection(body.layers)
-    layers = {
-        layer
-        for side in (chosen if isinstance(chosen, list) else [chosen])
-        for layer in resolve_side(side, dims.n_layers, dims.n_layers, "the layer", param="layers")
-    }
+    layers = set(selected(body.layers, dims.n_layers, "the layer", param="layers"))
     if not layers:
         raise InvalidRequest("layers is empty; it names at least one", param="layers")
     heads = None if body.heads is None else _chosen(body.heads, dims.n_heads, "the heads")

@@ -237,6 +237,18 @@ def parse_selection(value: object) -> Side | list[Side]:
         raise ValueError("a number, a range as '3:7', a list of either, or 'all' is expected") from None
 
 
+def selected(given: object, count: int, what: str, *, param: str) -> list[int]:
+    """The numbers that a selection names among 0 … count − 1, in its order; negative ones count from the end.
+
+    Raises:
+        ValueError: as `parse_selection`.
+        OutOfRange: as `resolve_side`, of which `what` and `param` are.
+    """
+    chosen = parse_selection(given)
+    sides = chosen if isinstance(chosen, list) else [chosen]
+    return [number for side in sides for number in resolve_side(side, count, count, what, param=param)]
+
+
 def _plain(side: Side | list[Side]) -> Any:
     if isinstance(side, list):
         return [_plain(one) for one in side]

@@ -10,12 +10,12 @@ from attribution import checks
 from attribution.arguments import Index, Positions
 from attribution.divergence import kl_divergence, logit_difference, top_changed
 from attribution.errors import InvalidArgument
-from attribution.interventions.edges import EdgeArg, EdgeSpec, Selection, parse_selection, resolve_side
+from attribution.interventions.edges import EdgeArg, EdgeSpec, Selection, selected
 from attribution.interventions.knockout import Knockout, Outcome, Rows, check_knockout, patterns, run_knockouts
 from attribution.model.traced import TracedModel
 from attribution.operation import Progress, Steps, operation
 from attribution.operations.devices import on_device
-from attribution.prompts import Message, given_tokens
+from attribution.prompts import Message, given_tokens, token_id_of, token_text
 
 if TYPE_CHECKING:
     from attribution.session import LocalSession
@@ -139,7 +139,7 @@ def knockout_sweep(
         yield Progress(len(rows), len(chosen))
     return {
         **_setting(model, ids, at),
-        "logit_tokens": [{"token": _text(model, token), "token_id": token} for token in asked or []],
+        "logit_tokens": [{"token": token_text(model, token), "token_id": token} for token in asked or []],
         "rows": [rows[index] for index in range(len(chosen))],
     }
 
@@ -172,7 +172,8 @@ def _knockout(model: TracedModel, given: dict[str, Any], length: int) -> Knockou
     """The knockout that is meant, checked against the model and the prompt."""
     dims = model.dimensions
     layers, heads, edges = (given.get(name) for name in ("layers", "heads", "edges"))
-    chosen = _layers(dims.n_layers // 2 if layers is None else layers, dims.n_layers)
+    given_layers = dims.n_layers // 2 if layers is None else layers
+    chosen = sorted(set(selected(given_layers, dims.n_layers, "a layer", param="layers")))
     for head in heads or []:
         checks.in_range("heads", head, dims.n_heads, f"the heads of {model.id}")
     for name, value in (("layers", chosen), ("heads", heads), ("edges", edges)):
@@ -184,31 +185,11 @@ def _knockout(model: TracedModel, given: dict[str, Any], length: int) -> Knockou
     return found
 
 
-def _layers(given: Any, count: int) -> list[int]:
-    selection = parse_selection(given)
-    sides = selection if isinstance(selection, list) else [selection]
-    found = [layer for side in sides for layer in resolve_side(side, count, count, "a layer", param="layers")]
-    return sorted(set(found))
-
-
 def _asked(model: TracedModel, tokens: Sequence[int | str]) -> list[int]:
     """The ids of tokens given by id or by text."""
     if not tokens:
         raise InvalidArgument("tokens is empty; name at least one, or leave it out", param="tokens")
-    return [_token_id(model, token) for token in tokens]
-
-
-def _token_id(model: TracedModel, token: int | str) -> int:
-    if not isinstance(token, str):
-        return checks.in_range("tokens", token, model.dimensions.d_vocab, f"the token ids of {model.id}")
-    found = model.tokenizer.encode(token, add_special_tokens=False)
-    if len(found) != 1:
-        raise InvalidArgument(
-            f"the text {token!r} is {len(found)} tokens of {model.id}, {found[:8]}; a text of one token is expected "
-            "(many begin with a space), or an id",
-            param="tokens",
-        )
-    return int(found[0])
+    return [token_id_of(model, token, "tokens") for token in tokens]
 
 
 # --- results
@@ -217,7 +198,7 @@ def _token_id(model: TracedModel, token: int | str) -> int:
 def _setting(model: TracedModel, ids: list[int], position: int) -> dict[str, Any]:
     dims = model.dimensions
     sizes = {"n_layers": dims.n_layers, "n_heads": dims.n_heads, "hidden_size": dims.d_model}
-    texts = [_text(model, token) for token in ids]
+    texts = [token_text(model, token) for token in ids]
     return {"model_id": model.id, **sizes, "position": position, "token_ids": ids, "tokens": texts}
 
 
@@ -236,9 +217,11 @@ def _compared(model: TracedModel, outcome: Outcome, asked: list[int], count: int
     values = zip(asked, logit_difference(baseline, ablated, asked).tolist(), strict=True)
     return {
         "kl_divergence": float(kl_divergence(baseline, ablated)),
-        "logit_diff": [{"token": _text(model, token), "token_id": token, "value": value} for token, value in values],
+        "logit_diff": [
+            {"token": token_text(model, token), "token_id": token, "value": value} for token, value in values
+        ],
         "top_changed": [
-            {"rank": one.rank, "token_id": one.token_id, "token": _text(model, one.token_id)} | vars(one)
+            {"rank": one.rank, "token_id": one.token_id, "token": token_text(model, one.token_id)} | vars(one)
             for one in top_changed(baseline, ablated, count)
         ],
     }
@@ -265,10 +248,6 @@ def _rows(model: TracedModel, outcome: Outcome, asked: list[int]) -> list[dict[s
     for values in zip(*(column.tolist() for column in columns.values()), strict=True):
         row = dict(zip(names, values, strict=True))
         change = {name: row.pop(name) for name in names[2:]}
-        change |= {"token": _text(model, change["token_id"])}
+        change |= {"token": token_text(model, change["token_id"])}
         rows.append(row | {"top_change": change | {"abs_diff": abs(change["baseline_prob"] - change["ablated_prob"])}})
     return rows
-
-
-def _text(model: TracedModel, token: int) -> str:
-    return str(model.tokenizer.decode([token], clean_up_tokenization_spaces=False))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from attribution import checks
 from attribution.arguments import DatasetId, Index, Positions, SampleId
 from attribution.errors import InvalidArgument
-from attribution.interventions.edges import Selection, parse_selection, resolve_side
+from attribution.interventions.edges import Selection, selected
 from attribution.interventions.lens import Cell, Streams, final_log_probs, lens_cells, pieces_of, streams_of
 from attribution.model.traced import TracedModel
 from attribution.operation import Progress, Steps, operation
@@ -94,10 +94,7 @@ def _chosen(name: str, given: Any, count: int) -> list[int]:
     """The numbers that a selection names among 0 … count − 1, in its order; None is all of them."""
     if given is None:
         return list(range(count))
-    selection = parse_selection(given)
-    sides = selection if isinstance(selection, list) else [selection]
-    found = [number for side in sides for number in resolve_side(side, count, count, name, param=name)]
-    return checks.positions(name, found, count)
+    return checks.positions(name, selected(given, count, name, param=name), count)
 
 
 def _described(model: TracedModel, cell: Cell) -> dict[str, Any]:

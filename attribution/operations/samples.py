@@ -12,7 +12,7 @@ from attribution.arguments import DatasetId, Index, Positions, SampleId
 from attribution.errors import CannotFit, InvalidArgument
 from attribution.estimate import check_room, estimate
 from attribution.operation import Progress, Steps, operation
-from attribution.prompts import Message, Prompt, check_tokens, only_given, run_tokens, tokens_of
+from attribution.prompts import Message, Prompt, check_tokens, only_given, run_tokens, token_text, tokens_of
 
 if TYPE_CHECKING:
     from attribution.session import LocalSession
@@ -62,7 +62,7 @@ def forward(
         "sample_id": sample_id,
         "seq_len": len(tokens),
         "token_ids": tokens,
-        "tokens": [str(model.tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in tokens],
+        "tokens": [token_text(model, token) for token in tokens],
         "stored": stored,
         "finite": found.finite,
     }

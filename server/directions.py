@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attribution.errors import InvalidRequest, OutOfRange, VectorMismatch
+from attribution.errors import InvalidRequest, OutOfRange
 from attribution.interventions.functions import Function, adding, projecting_out, replacing, scaling, zeroing
-from attribution.model.block import Block
-from attribution.model.traced import TracedModel
 from attribution.steering import SteeringVector
-from attribution.stored import Identity, StoredSample
+from attribution.stored import Identity
+from attribution.written import of_sample
 from server.interventions import Declared, Knockout, Ready, Sited, naming
 from server.registry import LoadedModel
 
@@ -104,12 +103,7 @@ def _of_vector(one: Sited, vector: SteeringVector, layer: int | None) -> Tensor:
     direction = vector.vector if layer is None else vector.at(layer)
     if one.heads is not None and vector.width == one.selector.width[1:]:
         return direction[None]
-    if vector.width != one.selector.width:
-        raise VectorMismatch(
-            f"the steering vector {vector.name!r} was computed at {vector.selector!r} and has the width "
-            f"{list(vector.width)}; {one.selector.text!r} has {list(one.selector.width)}",
-            param="name",
-        )
+    vector.check_width(one.selector.width, one.selector.text)
     return _grouped(one, direction)
 
 
@@ -120,26 +114,19 @@ def _grouped(one: Sited, direction: Tensor) -> Tensor:
 
 # --- means over stored samples
 
-_Read = Callable[[TracedModel, StoredSample, int], Tensor]
-
-_STORED: dict[str, _Read] = {
-    "resid_pre": lambda _, sample, layer: sample.read("resid", layer),
-    "resid_post": lambda _, sample, layer: sample.read("resid", layer + 1),
-    "mlp_out": lambda _, sample, layer: sample.read("mlp_out", layer),
-    "z": lambda _, sample, layer: sample.read("z", layer),
-    "attn_out": lambda model, sample, layer: Block(model, layer).attn_out(sample.read("z", layer)).cpu(),
-}
-"""How a point is read from a stored sample, [position, *width]."""
+_STORED = ("resid_pre", "resid_post", "mlp_out", "z", "attn_out")
+"""The points whose means stored samples tell."""
 
 
 async def _means(loaded: LoadedModel, one: Sited, dataset_id: str) -> list[Tensor]:
     """The mean of each target over all positions of all samples, in float64; one sample at a time."""
-    if one.point not in _STORED:
+    point = one.point
+    if point not in _STORED:
         raise InvalidRequest(
             f"stored samples tell the mean of {', '.join(_STORED)}, not of {one.selector.text!r}; give it as 'value'",
             param="dataset_id",
         )
-    session, worker, read = loaded.session, loaded.worker, _STORED[one.point]
+    session, worker = loaded.session, loaded.worker
     layers = [layer for layer in one.layers if layer is not None]
     totals = [torch.zeros(one.selector.width, dtype=torch.float64) for _ in layers]
     tokens = 0
@@ -147,7 +134,7 @@ async def _means(loaded: LoadedModel, one: Sited, dataset_id: str) -> list[Tenso
     def add(sample_id: int | str) -> int:
         sample = session.sample(dataset_id, sample_id)
         for total, layer in zip(totals, layers, strict=True):
-            total += read(loaded.model, sample, layer).double().sum(0)
+            total += of_sample(loaded.model, sample)(point, layer).double().sum(0)  # which keeps what it has read
         return sample.seq_len
 
     def run(job: Callable[[], Any]) -> Any:

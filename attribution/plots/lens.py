@@ -9,9 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from attribution.errors import InvalidArgument
-from attribution.plots.style import AMOUNT, bare, limit_of, numbers, readable
+from attribution.plots.style import AMOUNT, bare, limit_of, numbers, shortened
 
-_LONGEST = 8  # characters of a token
 _LABELS = {"probability": "probability", "kl": "KL of the final (nats)"}
 
 
@@ -81,8 +80,8 @@ def _cells(result: Mapping[str, Any], colour: str, most: int) -> tuple[_Cells, i
         final = [one["token_id"] for one in best[layers.index(last)]] if last in layers else [None] * len(positions)
         return _Cells(
             layers=["final" if layer == last else str(layer) for layer in layers],
-            positions=[f"{_shortened(result['tokens'][position])}\n{position}" for position in positions],
-            tokens=[[_shortened(one["token"]) for one in row] for row in best],
+            positions=[f"{shortened(result['tokens'][position])}\n{position}" for position in positions],
+            tokens=[[shortened(one["token"]) for one in row] for row in best],
             same=[[one["token_id"] == token for one, token in zip(row, final, strict=True)] for row in best],
             values=numbers("cells", values),
         ), len(result["positions"])
@@ -103,7 +102,3 @@ def _write(axes: Axes, cells: _Cells, limit: float) -> None:
             fontsize=8,
             fontweight="bold" if cells.same[row][column] else "normal",
         )
-
-
-def _shortened(token: str) -> str:
-    return readable(token if len(token) <= _LONGEST else f"{token[: _LONGEST - 1]}…")

@@ -21,6 +21,7 @@ OTHERS = "#999999"
 SIGNED, AMOUNT = "RdBu_r", "viridis"
 """Colour maps: of values with a sign, white at 0; of amounts from 0."""
 
+_LONGEST = 8  # characters of a token that is shortened
 _GAPS = (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 200, 500, 1000)
 
 
@@ -70,6 +71,11 @@ def readable(token: str) -> str:
     seen = token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")
     seen = "".join({" ": "·", "\n": "↵", "\t": "→", "$": r"\$"}.get(letter, letter) for letter in seen)
     return "".join(letter if ord(letter) in _glyphs() else "□" for letter in seen) or "∅"
+
+
+def shortened(token: str) -> str:
+    """A readable token of a few letters, as it fits into a cell or below one."""
+    return readable(token if len(token) <= _LONGEST else f"{token[: _LONGEST - 1]}…")
 
 
 @cache

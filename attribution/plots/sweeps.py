@@ -10,12 +10,11 @@ from matplotlib.figure import Figure
 
 from attribution import checks
 from attribution.errors import InvalidArgument
-from attribution.plots.style import COLOURS, SIGNED, bare, every, limit_of, numbers, readable
+from attribution.plots.style import COLOURS, SIGNED, bare, every, limit_of, numbers, shortened
 from attribution.sweeps import Swept, swept
 
 _UNITS = {"log_prob": "log-probability (nats)", "logit_diff": "logit difference"}
 _LAYERS, _COLUMNS = 40, 64  # ticks that fit
-_LONGEST = 8  # characters of a token
 _LETTERS = 9  # of a title, per inch
 _SEEN = 0.005  # of the greatest effect: what is smaller would be white
 
@@ -81,11 +80,7 @@ def _labels(name: str, axis: list[int], tokens: Sequence[str] | None) -> list[st
         return [str(one) for one in axis]
     if len(tokens) <= max(axis):
         raise checks.mismatch("tokens", f"{len(tokens)} entries", f"at least {max(axis) + 1}, one per position")
-    return [f"{_shortened(tokens[one])} {one}" for one in axis]
-
-
-def _shortened(token: str) -> str:
-    return readable(token if len(token) <= _LONGEST else f"{token[: _LONGEST - 1]}…")
+    return [f"{shortened(tokens[one])} {one}" for one in axis]
 
 
 def _bars(values: np.ndarray, name: str, labels: list[str], title: str, label: str) -> Figure:

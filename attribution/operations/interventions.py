@@ -79,7 +79,10 @@ def knockout(
         patterns: for each layer, heads, queries, before and after `[heads, query, key]`; empty unless asked for.
     """
     if specifications is not None:
-        _refuse_with_specifications(layers=layers, heads=heads, edges=edges, include_patterns=include_patterns or None)
+        _refuse_with_specifications(layers=layers, heads=heads, edges=edges)
+        if include_patterns:
+            reason = "include_patterns and specifications exclude each other: a sweep returns no patterns"
+            raise InvalidArgument(reason, param="include_patterns")
         given = {"prompt": prompt, "messages": messages, "token_ids": token_ids, "tokens": tokens}
         return (yield from knockout_sweep.function(session, specifications, **given, position=position))
     model, ids = session.model, given_tokens(session.model, prompt, messages, token_ids)

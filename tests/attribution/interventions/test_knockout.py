@@ -259,7 +259,7 @@ def test_a_long_shared_part_is_fed_in_pieces(session: LocalSession, monkeypatch:
         ({"token_ids": [5]}, NoKeyLeft, "query 0"),
         ({"token_ids": [VOCAB]}, OutOfRange, "token_ids is"),
         ({"layers": 1, "specifications": [{}]}, InvalidArgument, "layers and specifications exclude each other"),
-        ({"include_patterns": True, "specifications": [{}]}, InvalidArgument, "include_patterns and specifications"),
+        ({"include_patterns": True, "specifications": [{}]}, InvalidArgument, "a sweep returns no patterns"),
         ({"specifications": []}, InvalidArgument, "specifications is empty"),
         ({"specifications": [{}, {"edges": [[9, 0]]}]}, OutOfRange, "specifications.1: the query of the edge [9, 0]"),
         ({"specifications": [{}, {"edge": [[1, 0]]}]}, InvalidArgument, "specifications.1"),

@@ -134,7 +134,8 @@ class Sequence:
                 raise
             raise NotFinite(
                 "the model's logits are NaN: the interventions of this request may have driven its activations out of "
-                f"range; make them weaker. Without interventions: {error.message}",
+                "range; make them weaker. If it happens without them, they overflow in this dtype, or the "
+                "weights are damaged; load the model with dtype bfloat16 or float32",
                 param="interventions",
             ) from error
 

@@ -282,4 +282,5 @@ def test_activations_out_of_range_are_an_error_that_names_the_interventions(hous
     error = error_of(failed)
     assert (failed.status_code, error["code"], error["param"]) == (500, "not_finite", "interventions")
     assert "make them weaker" in error["message"]
+    assert error["message"].count("logits are NaN") == 1
     assert house.generated(neighbour) == plain_greedy("qwen3", PROMPT, TOKENS)

@@ -240,6 +240,21 @@ class Node:
             InvalidArgument: `r` is no result with outputs; a downstream node, which is named, has no gradient for it.
             SampleMismatch: the graph is of another model or dataset, or another gradient is held.
         """
+        held, arguments = self.asked(r, model, pos_ids=pos_ids, src_pos_ids=src_pos_ids, **options)
+        grad = model.compute_node_gradient(**arguments)
+        self.hold(r.index, held, grad, replace=replace)
+        return grad
+
+    def asked(
+        self,
+        r: Any,
+        model: Any,
+        *,
+        pos_ids: Sequence[int] | None = None,
+        src_pos_ids: Sequence[int] | None = None,
+        **options: Any,
+    ) -> tuple[list[int], dict[str, Any]]:
+        """The positions of its gradient for `r`, and the arguments of `compute_node_gradient`; as `backward`."""
         scope = self.graph.scope
         sample = scope.admit(r, model)
         scope.check_model(model).check(self._layer, self.head, self.type)
@@ -252,11 +267,8 @@ class Node:
         if self.type in _FROM_KEYS:
             held = _indices(range(max(held) + 1) if src_pos_ids is None else src_pos_ids)
             asked = asked | {"src_pos_ids": held}
-        grad = model.compute_node_gradient(
-            sample.dataset_id, sample.sample_id, self.type, self.layer, self.head, **asked, **options
-        )
-        self.hold(r.index, held, grad, replace=replace)
-        return grad
+        of = {"dataset_id": sample.dataset_id, "sample_id": sample.sample_id}
+        return held, of | {"node_type": self.type, "layer": self.layer, "head": self.head} | asked | options
 
 
 def _scored(r: Any, pos_ids: Sequence[int] | None) -> tuple[list[int], dict[str, Any]]:

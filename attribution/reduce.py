@@ -1,7 +1,8 @@
 """From many samples to one array, from an array to its greatest entries, and products of arrays by named axes."""
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -30,10 +31,11 @@ def mr(fn: Callable[..., Any]) -> Callable[..., Any]:
             raise InvalidArgument("results is empty; the mean is taken over at least one", param="results")
         total = found = None
         name = getattr(fn, "__name__", "mr")
+        values = _values(fn, results, model, args, kwargs)
         with progress_bar(len(results), name, show=show_progress) as bar:
             for r in results:
                 try:
-                    found = fn(r, model, *args, **kwargs)
+                    found = next(values)
                     total = _wide(found) if total is None else _sum(total, found)
                 except SightlineError as error:
                     error.message = f"sample {getattr(r, 'index', '?')}: {error.message}"
@@ -46,6 +48,24 @@ def mr(fn: Callable[..., Any]) -> Callable[..., Any]:
         return _mean(total, found, len(results))
 
     return mapped
+
+
+def _values(
+    fn: Callable[..., Any], results: Sequence[Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[Any]:
+    """`fn` of each result; a function that knows how to do many at once (`of_many`) does so for as long as it can.
+
+    After an error the results that are left are done one by one, so that it is told of the sample that it is of.
+    """
+    done = 0
+    of_many = getattr(fn, "of_many", None)
+    if of_many is not None and hasattr(model, "run_calls"):
+        with suppress(SightlineError):
+            for found in of_many(results, model, *args, **kwargs):
+                yield found
+                done += 1
+    for r in results[done:]:
+        yield fn(r, model, *args, **kwargs)
 
 
 def _wide(found: Any) -> Any:

@@ -24,6 +24,7 @@ from attribution.operations import (
     samples,
     scores,
     steering,
+    together,
 )
 from attribution.progress import drive
 from attribution.results import forward_results
@@ -177,6 +178,7 @@ class LocalSession:
     ablate_sweep = ablations.ablate_sweep
     patch = patching.patch
     patch_sweep = patching.patch_sweep
+    run_calls = together.run_calls
     knockout = interventions.knockout
     knockout_sweep = interventions.knockout_sweep
     create_steering_vector = steering.create_steering_vector

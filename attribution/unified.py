@@ -4,7 +4,7 @@ A result is anything with `index` and `outputs`, such as `puzzles.Result` after 
 `docs/attribution.md`; how nodes and graphs fit together: `docs/graphs.md`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from attribution.errors import InvalidArgument
 from attribution.graph import deepest_first
 from attribution.graph_scope import sample_of
 from attribution.nodes import Node, NodeGradient
+
+TOGETHER = 16
+"""How many samples' calls travel together when `mr` maps `attribute_step` over them."""
 
 # --- what is stored
 
@@ -76,26 +79,8 @@ def attribute_residual(
         InvalidArgument: there is no node, or one that holds no gradient for this sample.
         SampleMismatch: the graph is of another model or dataset.
     """
-    chosen = _nodes(nodes)
-    sample = chosen[0].graph.scope.admit(r, model)
-    held = [node.gradient(r.index) for node in chosen]
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for at, one in enumerate(held):
-        groups.setdefault(one.positions, []).append(at)
-    columns: list[Tensor | None] = [None] * len(chosen)
-    for positions, group in groups.items():
-        scores = model.attribute_residual(
-            sample.dataset_id,
-            sample.sample_id,
-            list(positions),
-            [held[at].grad for at in group],
-            [chosen[at].depth for at in group],
-            from_layer=from_layer,
-            to_layer=to_layer,
-        )
-        for at, column in zip(group, scores.unbind(-1), strict=True):
-            columns[at] = column
-    return torch.stack([one for one in columns if one is not None], dim=-1)
+    groups = _residual_calls(r, model, _nodes(nodes), from_layer, to_layer)
+    return _in_columns(groups, [model.attribute_residual(**arguments) for _, arguments in groups])
 
 
 def attribute_step(
@@ -125,6 +110,76 @@ def attribute_step(
     for node in deepest_first(dict.fromkeys(chosen)):
         node.backward(r, model, replace=replace, **options)
     return attribute_residual(r, model, chosen, from_layer, to_layer)
+
+
+def _steps_of_many(
+    results: Sequence[Any],
+    model: Any,
+    nodes: Node | Sequence[Node],
+    from_layer: int = 0,
+    to_layer: int | None = None,
+    *,
+    replace: bool = False,
+    **options: Any,
+) -> Iterator[Float[Tensor, "layer column node"]]:
+    """`attribute_step` for many results: the calls of a few samples travel together (`run_calls`)."""
+    chosen = _nodes(nodes)
+    for start in range(0, len(results), TOGETHER):
+        some = results[start : start + TOGETHER]
+        for node in deepest_first(dict.fromkeys(chosen)):
+            asked = [node.asked(r, model, **options) for r in some]
+            grads = model.run_calls(_calls("compute_node_gradient", [arguments for _, arguments in asked]))
+            for r, (held, _), grad in zip(some, asked, grads, strict=True):
+                node.hold(r.index, held, grad, replace=replace)
+        groups = [_residual_calls(r, model, chosen, from_layer, to_layer) for r in some]
+        arguments = [arguments for one in groups for _, arguments in one]
+        scores = iter(model.run_calls(_calls("attribute_residual", arguments)))
+        for one in groups:
+            yield _in_columns(one, [next(scores) for _ in one])
+
+
+attribute_step.of_many = _steps_of_many  # type: ignore[attr-defined]  # what `mr` looks for
+
+
+def _calls(operation: str, arguments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"operation": operation, "arguments": one} for one in arguments]
+
+
+def _residual_calls(
+    r: Any, model: Any, nodes: list[Node], from_layer: int, to_layer: int | None
+) -> list[tuple[list[int], dict[str, Any]]]:
+    """Which of the nodes share their positions, and the arguments of `attribute_residual` for each such group."""
+    sample = nodes[0].graph.scope.admit(r, model)
+    held = [node.gradient(r.index) for node in nodes]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for at, one in enumerate(held):
+        groups.setdefault(one.positions, []).append(at)
+    shared = {"dataset_id": sample.dataset_id, "sample_id": sample.sample_id}
+    shared |= {"from_layer": from_layer, "to_layer": to_layer}
+    return [
+        (
+            group,
+            shared
+            | {
+                "pos_ids": list(positions),
+                "downstream_grads": [held[at].grad for at in group],
+                "downstream_layers": [nodes[at].depth for at in group],
+            },
+        )
+        for positions, group in groups.items()
+    ]
+
+
+def _in_columns(
+    groups: list[tuple[list[int], dict[str, Any]]], scores: list[Tensor]
+) -> Float[Tensor, "layer column node"]:
+    """The scores of all groups, in the order of the nodes."""
+    columns = {
+        at: column
+        for (group, _), found in zip(groups, scores, strict=True)
+        for at, column in zip(group, found.unbind(-1), strict=True)
+    }
+    return torch.stack([columns[at] for at in sorted(columns)], dim=-1)
 
 
 def attribute_attn_weights(

@@ -18,6 +18,7 @@ from attribution.operations import (
     samples,
     scores,
     steering,
+    together,
 )
 from attribution.progress import shown
 from attribution.results import batch_arguments, refer
@@ -151,6 +152,7 @@ class AsyncModelClient:
     ablate_sweep = awaited(ablations.ablate_sweep)
     patch = awaited(patching.patch)
     patch_sweep = awaited(patching.patch_sweep)
+    run_calls = awaited(together.run_calls)
     knockout = awaited(interventions.knockout)
     knockout_sweep = awaited(interventions.knockout_sweep)
     create_steering_vector = awaited(steering.create_steering_vector)

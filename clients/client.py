@@ -21,6 +21,7 @@ from attribution.operations import (
     samples,
     scores,
     steering,
+    together,
 )
 from attribution.progress import shown
 from attribution.results import forward_results
@@ -153,6 +154,7 @@ class ModelClient:
     ablate_sweep = ablations.ablate_sweep
     patch = patching.patch
     patch_sweep = patching.patch_sweep
+    run_calls = together.run_calls
     knockout = interventions.knockout
     knockout_sweep = interventions.knockout_sweep
     create_steering_vector = steering.create_steering_vector

@@ -165,6 +165,22 @@ EXAMPLES: dict[str, Example] = {
         SAMPLE | ANSWER | {"pos_ids": [1, 2, 3], "mode": "mean"},
         (*ABSENT, *POSITIONS, {"labels": None}, {"labels": [5]}, {"mode": "noise"}, {"mode": "position_mean"}),
     ),
+    "run_calls": Example(
+        {
+            "calls": [
+                {"operation": "attribute_residual", "arguments": RESIDUAL},
+                {"operation": "ablate", "arguments": SAMPLE | ANSWER | {"heads": [(0, 1)], "pos_ids": [1, 2, 3]}},
+                {"operation": "get_head_output", "arguments": HEAD},
+            ]
+        },
+        (
+            {"calls": []},
+            {"calls": [{"operation": "clear_cache", "arguments": {"dataset_id": DATASET}}]},
+            {"calls": [{"operation": "get_head_output"}]},
+            {"calls": [{"operation": "get_head_output", "arguments": HEAD | {"layer": N_LAYERS}}]},
+            {"calls": [{"operation": "get_head_output", "arguments": HEAD | {"colour": 1}}]},
+        ),
+    ),
     "ablate_sweep": Example(
         SAMPLE | ANSWER | {"sets": [{"heads": [(0, 1)]}, {"mlps": [1]}, {}], "mode": "mean", "pos_ids": [1, 2, 3]},
         (

@@ -11,11 +11,12 @@ from attribution.operations import (
     samples,
     scores,
     steering,
+    together,
 )
 
 OPERATIONS: dict[str, Operation] = {
     value.name: value
-    for module in (samples, getters, gradients, scores, ablations, patching, steering, interventions, lens)
+    for module in (samples, getters, gradients, scores, ablations, patching, steering, interventions, lens, together)
     for value in vars(module).values()
     if isinstance(value, Operation)
 }

@@ -84,7 +84,7 @@ def test_without_a_budget_everything_that_adds_is_in_the_graph(session: Any) -> 
 
 
 class Failing:
-    """A session that fails at a call of `compute_node_gradient`."""
+    """A session that fails at a call of `run_calls`, by which the gradients of many samples are computed."""
 
     def __init__(self, session: Any, calls: int) -> None:
         self.session, self.calls = session, calls
@@ -92,11 +92,11 @@ class Failing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.session, name)
 
-    def compute_node_gradient(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def run_calls(self, calls: list[Any]) -> list[torch.Tensor]:
         self.calls -= 1
         if self.calls < 0:
             raise ConnectionError("the line is dead")
-        return self.session.compute_node_gradient(*args, **kwargs)
+        return self.session.run_calls(calls)
 
 
 def test_a_graph_that_was_cut_off_goes_on_from_its_file(session: Any, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_graph_that_was_cut_off_goes_on_from_its_file(session: Any, tmp_path: 
     whole.expand(results(), session, **given)
     path = tmp_path / "graph.json"
     with pytest.raises(ConnectionError, match="the line is dead"):
-        Graph(3, D_MODEL).expand(results(), Failing(session, 14), save=path, **given)
+        Graph(3, D_MODEL).expand(results(), Failing(session, 9), save=path, **given)
     graph = Graph.load(path, session)
     assert graph.followed
     assert not same(graph, whole)

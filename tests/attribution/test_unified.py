@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from attribution import (
     get_hidden_states,
     mr,
     topk_md,
+    unified,
 )
 from attribution.errors import InvalidArgument
 from puzzles import Result, gen_puzzle
@@ -194,3 +196,38 @@ def test_the_package_brings_torch_only_when_a_name_is_used() -> None:
     assert done.returncode == 0, done.stderr
     with pytest.raises(AttributeError, match="no attribute 'Nodes'"):
         _ = attribution.Nodes
+
+
+class Counted:
+    """A session whose calls are counted."""
+
+    def __init__(self, session: Any) -> None:
+        self.session, self.calls = session, Counter[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls[name] += 1
+        return getattr(self.session, name)
+
+
+def test_the_steps_of_many_samples_travel_together_and_are_those_of_single_calls(
+    session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unified, "TOGETHER", 2)
+    graph = Graph(3, D_MODEL)
+    top = graph.add_node(Node(N_LAYERS, 0, "lm_head"))
+    nodes = [graph.add_node(Node(1, 4, name), [top]) for name in ("attn_q", "attn_k")]
+    counted = Counted(session)
+    found = mr(attribute_step)(results(), counted, [top, *nodes], steps=1, show_progress=False)
+    assert counted.calls["run_calls"] >= 2 * 4  # two groups of samples, each with three nodes and their attribution
+    assert counted.calls["compute_node_gradient"] == counted.calls["attribute_residual"] == 0
+    singles = [attribute_step(r, session, [top, *nodes], steps=1) for r in results()]
+    assert torch.allclose(found, torch.stack(singles).mean(0), rtol=1e-5, atol=1e-7)
+
+
+def test_an_error_among_many_samples_is_told_of_its_own(session: Any) -> None:
+    wrong = results()
+    wrong[1].labels = [281] * len(wrong[1].labels)
+    graph = Graph(3, D_MODEL)
+    top = graph.add_node(Node(N_LAYERS, 0, "lm_head"))
+    with pytest.raises(InvalidArgument, match=r"^sample 1: labels is 281|^sample 1: the label 281"):
+        mr(attribute_step)(wrong, session, [top], show_progress=False)

@@ -1,5 +1,6 @@
 """Many calls in one: what a call costs over HTTP beside its work is paid once for all of them."""
 
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import ConfigDict, TypeAdapter, WithJsonSchema, with_config
@@ -19,6 +20,10 @@ READING: dict[str, Operation] = {
     if isinstance(value, Operation)
 }
 """The operations that read stored samples and change nothing."""
+
+
+_PIECE = 0.02
+"""Seconds of work after which others may use the model: each change of threads costs as much as a short call."""
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -48,6 +53,7 @@ def run_calls(
     if not calls:
         raise InvalidArgument("calls is empty; it lists at least one", param="calls")
     results: list[Any] = []
+    told = time.perf_counter()
     for number, call in enumerate(calls):
         try:
             steps = _chosen(call).start(session, _chosen(call).validate({"device": device} | call["arguments"]))
@@ -56,7 +62,9 @@ def run_calls(
                     next(steps)
                 except StopIteration as end:
                     results.append(end.value)
-                yield Progress(len(results), len(calls))
+                if time.perf_counter() - told > _PIECE or len(results) == len(calls):
+                    yield Progress(len(results), len(calls))
+                    told = time.perf_counter()
         except SightlineError as error:
             error.message = f"calls.{number}, {call['operation']}: {error.message}"
             error.args = (error.message,)

@@ -45,7 +45,6 @@ def clustering(rounds: int) -> Iterator[Section]:
 
 def graphs(rounds: int) -> Iterator[Section]:
     """The workflow of graphs, here and through a server."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # the client's threads are not to take the cores of the server
     from benchmarks import graphs
 
     yield Section.of("Graphs", graphs.run(rounds), rounds, graphs.NOTE)

@@ -65,7 +65,7 @@ def load(spec: LoadSpec) -> TracedModel:
     """Load and prove a model; run this on the thread that will own it.
 
     Raises:
-        InvalidRequest: an unknown dtype or quantisation.
+        InvalidRequest: an unknown dtype or quantisation, or a GPU where there is none.
         ModelLoadFailed: the checkpoint cannot be found, read traced, or is not whole; the message says why.
     """
     if spec.dtype not in DTYPES:
@@ -78,7 +78,7 @@ def load(spec: LoadSpec) -> TracedModel:
     try:
         module, tokenizer = _read(spec, source)
         model = _wrap(spec, source, module.eval().requires_grad_(False), tokenizer)
-    except ModelLoadFailed:
+    except (InvalidRequest, ModelLoadFailed):
         raise
     except Exception as error:  # the libraries raise anything over a damaged or strange checkpoint
         raise _failed(spec, source, _reason(error)) from error
@@ -142,9 +142,12 @@ def _reason(error: Exception) -> str:
 
 
 def _device_map(device_map: str | dict[str, Any]) -> str | dict[str, Any] | None:
-    if device_map == "auto" and not torch.cuda.is_available():
-        return None
-    return device_map
+    if torch.cuda.is_available():
+        return device_map
+    named = device_map.values() if isinstance(device_map, dict) else [device_map]
+    if any(str(one).startswith("cuda") for one in named):
+        raise InvalidRequest("device names a GPU, and torch sees none here; take 'cpu' or 'auto'", param="device_map")
+    return None if device_map == "auto" else device_map
 
 
 def _wrap(spec: LoadSpec, source: str, module: Any, tokenizer: Any) -> TracedModel:

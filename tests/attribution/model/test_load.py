@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -229,6 +230,13 @@ def test_a_name_of_nothing_is_refused_in_one_line(name: str) -> None:
 def test_options_that_cannot_be_had_are_refused(options: dict[str, str], says: str, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadFailed, match=says):
         load(LoadSpec(str(save_tiny("qwen2", tmp_path)), **options))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", {"": "cuda:0"}])
+def test_a_gpu_that_is_not_there_is_refused(device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InvalidRequest, match="torch sees none here"):
+        load(LoadSpec(str(save_tiny("qwen2", tmp_path)), device_map=device))
 
 
 def test_a_checkpoints_own_code_does_not_run_unless_it_was_allowed_to(tmp_path: Path) -> None:

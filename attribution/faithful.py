@@ -176,7 +176,8 @@ def eliminate(
     Args:
         keep: how many heads are left.
         among: heads that may stay, or a graph; the others are ablated from the start. None is every head.
-        at_once: how many heads go in one round: more is faster and less exact. A round runs every sample once for each
+        at_once: how many heads go in one round: more is faster and less exact, and may fail, as heads that can stand in
+            for each other go together; measure what is left. A round runs every sample once for each
             head that is left.
         results, model, mode, source_dataset_id: as in `faithfulness`.
 

@@ -160,7 +160,7 @@ def carried(session: LocalSession, rules: list[str], count: int) -> None:
     for number, rule in enumerate(rules):
         known = run(session, f"known{number}", [rule] * (count * (3 if rule == "any" else 1)), 3, 4, 1000 * number)
         held = run(session, f"held{number}", [rule] * HELD, 3, 4, 1000 * number + 500)
-        found = find_graph(known, session, KEPT, at_once=2, steps=2, **ABLATION)
+        found = find_graph(known, session, KEPT, candidates=24, at_once=2, steps=2, **ABLATION)
         greedy = eliminate(known, session, KEPT, at_once=2, **ABLATION).order[:KEPT]
         kept, best = (faithfulness(one, held, session, **ABLATION).kept for one in (found.heads, greedy))
         fewer = faithfulness(found.heads[:8], held, session, **ABLATION).kept

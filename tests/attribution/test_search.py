@@ -63,8 +63,8 @@ def test_few_heads_of_the_embedded_model_carry_a_rule(tmp_path: Path) -> None:
 
     from puzzles import side_neighbor_relations
 
-    puzzles("reference", range(500, 532), side_neighbor_relations)
+    puzzles("reference", range(500, 564), side_neighbor_relations)
     shown, held = (puzzles(name, seeds, "erase down") for name, seeds in (("a", range(12)), ("b", range(100, 112))))
     ablation: Any = {"mode": "position_mean", "source_dataset_id": "reference"} | QUIET
-    found = find_graph(shown, session, 12, grown_on=2, at_once=3, steps=1, **ablation)
+    found = find_graph(shown, session, 12, grown_on=2, steps=1, **ablation)
     assert faithfulness(found.heads, held, session, **ablation).kept > 0.9

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from attribution.errors import InvalidArgument, OutOfRange
 from attribution.graph import Graph
 from attribution.graph_scope import GraphModel, sample_of
 from attribution.progress import progress_bar
+from attribution.reduce import mr
 
 Head = tuple[int, int]
 Mode = Literal["zero", "mean", "position_mean"]
@@ -103,7 +103,7 @@ def faithfulness(
     rest = _without(chosen, every)
     ablation = {"mode": mode, "source_dataset_id": source_dataset_id}
     sets = [[], every, rest, chosen]
-    runs = _log_probabilities(sets, results, model, ablation, "faithfulness", show=show_progress)
+    runs = _log_probabilities(sets, results, model, ablation, show=show_progress)
     whole, nothing, inside, outside = runs.tolist()
     span = _span(whole, nothing)
     return Faithfulness(
@@ -135,7 +135,7 @@ def faithfulness_curves(
         InvalidArgument, OutOfRange: as `faithfulness`, or a size that the graph does not have.
     """
     every = _every_head(model)
-    ranked = _chosen(ranked_heads(graph) if isinstance(graph, Graph) else graph, every)
+    ranked = _chosen(graph, every)
     counts = _sizes(sizes, len(ranked))
     if draws < 1:
         raise OutOfRange(f"draws is {draws}; it is at least 1", param="draws")
@@ -144,7 +144,7 @@ def faithfulness_curves(
     orders += [draw.sample(every, len(every)) for _ in range(draws)]
     sets = [[], every, *(_without(order[:count], every) for order in orders for count in counts)]
     ablation = {"mode": mode, "source_dataset_id": source_dataset_id}
-    runs = _log_probabilities(sets, results, model, ablation, "curves", show=show_progress)
+    runs = _log_probabilities(sets, results, model, ablation, show=show_progress)
     shares = (runs[2:] - runs[1]) / _span(float(runs[0]), float(runs[1]))
     table = shares.view(len(orders), len(counts))
     return FaithfulnessCurves(counts, table[0], table[1], table[2:])
@@ -191,13 +191,13 @@ def eliminate(
             raise OutOfRange(f"{name} is {value}; there are 1 to {most} heads to choose from", param=name)
     gone, kept, removed = _without(left, every), {}, []
     ablation = {"mode": mode, "source_dataset_id": source_dataset_id}
-    whole, nothing = _log_probabilities([[], every], results, model, ablation, "eliminate", show=False).tolist()
+    whole, nothing = _log_probabilities([[], every], results, model, ablation, show=False).tolist()
     span = _span(whole, nothing)
     with progress_bar(len(left) - keep, "eliminate", show=show_progress) as bar:
         bar.unit = "head"
         while len(left) > keep:
             tries = [[*gone, *removed, head] for head in left]
-            runs = _log_probabilities(tries, results, model, ablation, "eliminate", show=False)
+            runs = _log_probabilities(tries, results, model, ablation, show=False)
             going = runs.argsort(descending=True)[: min(at_once, len(left) - keep)].tolist()
             removed += [left[at] for at in going]
             left = [head for at, head in enumerate(left) if at not in going]
@@ -212,47 +212,33 @@ def _log_probabilities(
     results: Sequence[Any],
     model: Any,
     ablation: dict[str, str | None],
-    label: str,
     *,
     show: bool,
 ) -> Float[Tensor, "set"]:
     """The summed log-probability of the answer with each set of heads ablated, the mean over samples, in float64."""
-    _refuse_none(results)
-    total = torch.zeros(len(sets), dtype=torch.float64)
-    with progress_bar(len(results), label, show=show) as bar:
-        for r in results:
-            sample = sample_of(r)
-            found = model.ablate_sweep(
-                sample.dataset_id,
-                sample.sample_id,
-                [{"heads": list(heads)} for heads in sets],
-                labels=r.labels,
-                candidate_ids=r.candidate_ids,
-                pos_ids=r.query_positions,
-                **ablation,
-            )
-            total += found["after"]
-            bar.update()
-    return total / len(results)
+    listed = [{"heads": list(heads)} for heads in sets]
+
+    def ablated(r: Any, model: Any) -> Float[Tensor, "set"]:
+        return model.ablate_sweep(sets=listed, **_asked(r), **ablation)["after"]
+
+    return mr(ablated)(results, model, show_progress=show)
 
 
 def by_gradient(results: Sequence[Any], model: Any, *, show_progress: bool = True, **options: Any) -> list[Head]:
     """All heads by the mean of gradient × activation, the greatest first; options as of `gradient_x_activation`."""
-    _refuse_none(results)
-    total: Any = 0.0
-    with progress_bar(len(results), "gradient", show=show_progress) as bar:
-        for r in results:
-            sample, asked = sample_of(r), {"labels": r.labels, "candidate_ids": r.candidate_ids}
-            total = total + model.gradient_x_activation(
-                sample.dataset_id, sample.sample_id, pos_ids=r.query_positions, **asked, **options
-            )
-            bar.update()
-    return sorted(_every_head(model), key=lambda head: -float(total[head]))
+
+    def gradient(r: Any, model: Any) -> Float[Tensor, "layer column"]:
+        return model.gradient_x_activation(**_asked(r), **options)
+
+    mean = mr(gradient)(results, model, show_progress=show_progress)
+    return sorted(_every_head(model), key=lambda head: -float(mean[head]))
 
 
-def _refuse_none(results: Sequence[Any]) -> None:
-    if len(results) == 0:
-        raise InvalidArgument("results is empty; the mean is taken over at least one", param="results")
+def _asked(r: Any) -> dict[str, Any]:
+    """The sample of a result and its answer, as operations take them."""
+    sample = sample_of(r)
+    of = {"dataset_id": sample.dataset_id, "sample_id": sample.sample_id}
+    return of | {"labels": r.labels, "candidate_ids": r.candidate_ids, "pos_ids": r.query_positions}
 
 
 def _every_head(model: Any) -> list[Head]:

@@ -20,8 +20,6 @@ READING: dict[str, Operation] = {
     if isinstance(value, Operation)
 }
 """The operations that read stored samples and change nothing."""
-
-
 _PIECE = 0.02
 """Seconds of work after which others may use the model: each change of threads costs as much as a short call."""
 
@@ -56,7 +54,8 @@ def run_calls(
     told = time.perf_counter()
     for number, call in enumerate(calls):
         try:
-            steps = _chosen(call).start(session, _chosen(call).validate({"device": device} | call["arguments"]))
+            chosen = _chosen(call)
+            steps = chosen.start(session, chosen.validate({"device": device} | call["arguments"]))
             while len(results) == number:
                 try:
                     next(steps)

@@ -12,14 +12,6 @@ from attribution.means import Means
 from attribution.model.whole_gradient import Passed
 
 
-def log_probability(
-    logits: Float[Tensor, "pos vocab"], labels: list[int], candidate_ids: list[int] | None
-) -> Float[Tensor, ""]:
-    """Σ_i log softmax_C(logits_i)[label_i] in float64; `labels` index the candidates (`checks.answer`)."""
-    chosen = logits.double() if candidate_ids is None else logits.double()[:, candidate_ids]
-    return chosen.log_softmax(-1).gather(-1, torch.tensor(labels, device=logits.device)[:, None]).sum()
-
-
 def product_with(
     passed: Passed, grads: Passed, means: Means | None, dtype: torch.dtype, *, absolute: bool = False
 ) -> Float[Tensor, "layer column"]:

@@ -116,9 +116,15 @@ def _score(logits: Float[Tensor, "row pos vocab"], answer: Answer) -> Scores:
     diff = None
     if answer.against is not None:
         diff = (_picked(logits, answer.label_ids) - _picked(logits, answer.against)).cpu()
+    return Scores(log_probabilities(logits, answer).cpu(), diff, rounding)
+
+
+def log_probabilities(logits: Float[Tensor, "row pos vocab"], answer: Answer) -> Float[Tensor, "row pos"]:
+    """log softmax_C(logits at pos_i)[label_i], in float64."""
+    chosen = logits.double()
     if answer.candidate_ids is not None:
-        logits = logits[..., answer.candidate_ids]
-    return Scores(_picked(logits.log_softmax(-1), answer.labels).cpu(), diff, rounding)
+        chosen = chosen[..., answer.candidate_ids]
+    return _picked(chosen.log_softmax(-1), answer.labels)
 
 
 def _check_finite(log_prob: Float[Tensor, "row pos"], start: int, batch: list[list[Replacement]]) -> None:

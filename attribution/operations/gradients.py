@@ -4,7 +4,6 @@ Positions count from 0 in the sample's tokens. Log-probabilities are in nats, an
 Gradients are float32, or float64 when the model is.
 """
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,7 +18,8 @@ from attribution.means import means_for
 from attribution.model.whole_gradient import whole_gradient
 from attribution.operation import Progress, Steps, operation
 from attribution.operations.devices import on_device
-from attribution.patching import log_probability, product_with
+from attribution.patching import product_with
+from attribution.rerun import Answer, log_probabilities
 from attribution.store import StoredSample
 
 if TYPE_CHECKING:
@@ -202,11 +202,11 @@ def gradient_x_activation(
         `[layers, heads + 1]`, the MLP in the last column; nats.
     """
     model, sample = session.model, session.sample(dataset_id, sample_id)
-    positions = checks.positions("pos_ids", pos_ids, sample.seq_len)
-    chosen = checks.answer(model.dimensions.d_vocab, labels, candidate_ids, len(positions))
+    answer = Answer.of(model, sample.seq_len, labels, candidate_ids, pos_ids)
     means = yield from means_for(session, sample, mode, source_dataset_id)
-    objective = partial(log_probability, labels=chosen, candidate_ids=candidate_ids)
-    passed, grads = whole_gradient(model, sample.token_ids, positions, objective)
+    passed, grads = whole_gradient(
+        model, sample.token_ids, answer.positions, lambda logits: log_probabilities(logits[None], answer).sum()
+    )
     scores = product_with(passed, grads, means, model.work_dtype, absolute=absolute)
     if not scores.isfinite().all():
         raise NotFinite(

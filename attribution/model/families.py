@@ -35,7 +35,7 @@ class Family:
         query_norm, key_norm: the norms of q and k per head, or None.
         projections: q, k, v and o; `third` when the first three are one module.
         mlp: the MLP module.
-        gate, up: its projections; a gate of None is an MLP without one.
+        gate, up, down: its projections; a gate of None is an MLP without one.
     """
 
     layers: str
@@ -53,6 +53,7 @@ class Family:
     mlp: str = "mlp"
     gate: str | None = None
     up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
 
 
 def _llama_like(points: dict[str, Place] | None = None, **changes: str) -> Family:
@@ -130,5 +131,6 @@ FAMILIES: dict[str, Family] = {
             "o": Place("attn.c_proj"),
         },
         up="mlp.c_fc",
+        down="mlp.c_proj",
     ),
 }

@@ -1,0 +1,1 @@
+"""Sparse features: autoencoders and transcoders that are read, searched, steered by and traced into circuits."""

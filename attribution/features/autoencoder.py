@@ -46,7 +46,8 @@ class Autoencoder:
         W_skip: what a skip transcoder adds: x W_skip, [d_in, d_out].
         subtracts_b_dec: whether b_dec is taken off what is read.
         rescaled: whether activations are multiplied by the norm of their decoder row, and divided by it when decoded.
-        normalisation: what is done to each row before it is read, and undone after it is written.
+        normalisation: what is done to each row before it is read.
+        restores: whether that is undone after it is written; a transcoder, which writes elsewhere, does not.
         centred: whether the mean over the width is taken off what is read (models whose writes are centred).
     """
 
@@ -62,6 +63,7 @@ class Autoencoder:
     subtracts_b_dec: bool = False
     rescaled: bool = False
     normalisation: Normalisation = "none"
+    restores: bool = True
     centred: bool = False
 
     @property
@@ -150,18 +152,21 @@ class Autoencoder:
 
     def _read(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the encoder reads, with the scale and the shift that the normalisation took away."""
-        x = x.to(self.W_enc.device, self.dtype)
-        if self.centred:
-            x = x - x.mean(-1, keepdim=True)
+        x = self._given(x)
         scale = shift = None
         if self.normalisation == "layer_norm":
             shift = x.mean(-1, keepdim=True)
             scale = (x - shift).std(-1, keepdim=True)
             x = (x - shift) / (scale + 1e-5)
         elif self.normalisation == "constant_norm":
-            scale = x.norm(dim=-1, keepdim=True) / self.d_in**0.5
-            x = x / scale
+            coefficient = self.d_in**0.5 / x.norm(dim=-1, keepdim=True)
+            scale = 1 / coefficient
+            x = x * coefficient
         return (x - self.b_dec if self.subtracts_b_dec else x), scale, shift
+
+    def _given(self, x: Tensor) -> Tensor:
+        x = x.to(self.W_enc.device, self.dtype)
+        return x - x.mean(-1, keepdim=True) if self.centred else x
 
     # --- writing
 
@@ -178,10 +183,12 @@ class Autoencoder:
         written = features @ self.W_dec + self.b_dec
         if x is None:
             assert self.W_skip is None
-            assert self.normalisation == "none"
+            assert self.normalisation == "none" or not self.restores
             return written
         if self.W_skip is not None:
-            written = written + x.to(written) @ self.W_skip
+            written = written + self._given(x) @ self.W_skip
+        if not self.restores:
+            return written
         _, scale, shift = self._read(x)
         written = written if scale is None else written * scale
         return written if shift is None else written + shift
@@ -197,7 +204,7 @@ class Autoencoder:
 
     def scale_of(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows 1"] | None:
         """What `directions` are multiplied with when these rows were read; None is 1."""
-        return self._read(x)[1]
+        return self._read(x)[1] if self.restores else None
 
     def readers(self, indices: list[int] | Tensor) -> Float[Tensor, "chosen d_in"]:
         """The gradient of each feature's pre-activation with respect to what the encoder reads."""

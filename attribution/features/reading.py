@@ -1,0 +1,153 @@
+"""Autoencoders on disk: directories of SAELens (cfg.json + sae_weights.safetensors) and of eai-sparsify (cfg.json +
+sae.safetensors).
+
+Nothing is guessed: a file that does not hold exactly the tensors that its config asks for is refused. Weights are
+mapped, so that what is never used does not stay in memory.
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from attribution.errors import InvalidArgument, StorageFailed
+from attribution.features.autoencoder import Autoencoder, Gate
+from attribution.features.configs import Config, Stored, saelens_config, sparsify_config
+
+CONFIG, WEIGHTS, SPARSIFY_WEIGHTS = "cfg.json", "sae_weights.safetensors", "sae.safetensors"
+
+_DTYPES = {"F64", "F32", "F16", "BF16"}
+_UNUSED = {"scaling_factor"}
+"""What SAELens wrote for a while although it was all ones."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Read(Config):
+    """An autoencoder that was read, with what its config says."""
+
+    autoencoder: Autoencoder
+
+
+def read_sizes(folder: Path | str) -> Config:
+    """What an autoencoder is and where it sits, from its config and the header of its weights alone.
+
+    Raises:
+        StorageFailed, InvalidArgument: as `read_autoencoder`, but for values that are not finite.
+    """
+    path, config = _weights_and_config(Path(folder))
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check(path, config, file)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+    return config
+
+
+def read_autoencoder(folder: Path | str) -> Read:
+    """The autoencoder of a folder, on the CPU, in the widest dtype of its file.
+
+    Raises:
+        StorageFailed: a file is missing or damaged.
+        InvalidArgument: the config asks for what is not done, or the weights are not what it says; what to do.
+    """
+    path, config = _weights_and_config(Path(folder))
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check(path, config, file)
+            tensors = {name: _tensor(path, file, stored) for name, stored in config.stored.items()}
+            for name in _UNUSED & set(file.keys()):
+                _check_ones(path, name, file.get_tensor(name))
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+    dtype = torch.empty(0, dtype=tensors["W_enc"].dtype)
+    for tensor in tensors.values():
+        dtype = dtype.to(torch.promote_types(dtype.dtype, tensor.dtype))
+    autoencoder = _assembled(config, {name: tensor.to(dtype.dtype) for name, tensor in tensors.items()})
+    return Read(**_values(config), autoencoder=autoencoder)
+
+
+def _assembled(config: Config, tensors: dict[str, Tensor]) -> Autoencoder:
+    gate = None
+    if config.activation == "gated":
+        gate = Gate(*(tensors.pop(field.name) for field in fields(Gate)))
+    return Autoencoder(
+        activation=config.activation,
+        b_enc=tensors.pop("b_enc", None),
+        gate=gate,
+        k=config.k,
+        subtracts_b_dec=config.subtracts_b_dec,
+        rescaled=config.rescaled,
+        normalisation=config.normalisation,
+        restores=not config.is_transcoder,
+        centred=config.centred,
+        **tensors,
+    )
+
+
+def _values(config: Config) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in fields(config)}
+
+
+def _weights_and_config(folder: Path) -> tuple[Path, Config]:
+    path = folder / CONFIG
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise StorageFailed(
+            f"{folder} is no autoencoder: its {CONFIG} cannot be read ({error.strerror or error}); expected a "
+            f"directory of SAELens ({CONFIG}, {WEIGHTS}) or of eai-sparsify ({CONFIG}, {SPARSIFY_WEIGHTS})"
+        ) from error
+    except ValueError as error:
+        raise InvalidArgument(f"{path} is no JSON: {error}", param="folder") from error
+    if not isinstance(values, dict):
+        raise InvalidArgument(f"{path} holds {type(values).__name__}; expected an object", param="folder")
+    if (folder / SPARSIFY_WEIGHTS).exists() and not (folder / WEIGHTS).exists():
+        return folder / SPARSIFY_WEIGHTS, sparsify_config(path, values)
+    return folder / WEIGHTS, saelens_config(path, values)
+
+
+def _check(path: Path, config: Config, file: Any) -> None:
+    """See that a file holds exactly the tensors that its config asks for."""
+    expected = {stored.name: stored.shape for stored in config.stored.values()}
+    found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys() - _UNUSED)
+    if missing or extra:
+        wrong = [f"has no {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(extra)} too"] * bool(extra)
+        raise InvalidArgument(
+            f"{path} {' and '.join(wrong)}; as {config.architecture!r} it holds {', '.join(sorted(expected))}",
+            param="folder",
+        )
+    for name, shape in expected.items():
+        if tuple(found[name].get_shape()) != shape:
+            raise InvalidArgument(
+                f"{path}: {name} has the shape {found[name].get_shape()}; its {CONFIG} says {list(shape)}",
+                param="folder",
+            )
+        if found[name].get_dtype() not in _DTYPES:
+            raise InvalidArgument(
+                f"{path}: {name} is of {found[name].get_dtype()}; {', '.join(sorted(_DTYPES))} are read", param="folder"
+            )
+
+
+def _tensor(path: Path, file: Any, stored: Stored) -> Tensor:
+    tensor = file.get_tensor(stored.name)
+    if not all(extreme.isfinite() for extreme in torch.aminmax(tensor)):
+        raise InvalidArgument(f"{path}: {stored.name} holds a value that is not finite", param="folder")
+    return tensor.T if stored.transposed else tensor
+
+
+def _check_ones(path: Path, name: str, tensor: Tensor) -> None:
+    if not (tensor == 1).all():
+        raise InvalidArgument(
+            f"{path}: {name} is not 1 everywhere, and is not folded into the weights; load it with sae-lens and save "
+            "it again, or `sightline sae convert` it",
+            param="folder",
+        )
+
+
+def _damaged(path: Path, error: Exception) -> StorageFailed:
+    return StorageFailed(f"{path} cannot be read: {error}")

@@ -159,7 +159,7 @@ class Autoencoder:
             scale = (x - shift).std(-1, keepdim=True)
             x = (x - shift) / (scale + 1e-5)
         elif self.normalisation == "constant_norm":
-            coefficient = self.d_in**0.5 / x.norm(dim=-1, keepdim=True)
+            coefficient = self.d_in**0.5 / x.norm(dim=-1, keepdim=True).clamp(min=1e-8)
             scale = 1 / coefficient
             x = x * coefficient
         return (x - self.b_dec if self.subtracts_b_dec else x), scale, shift

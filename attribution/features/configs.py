@@ -57,26 +57,32 @@ class Config:
     centred: bool = False
 
 
-_ARCHITECTURES: dict[str, tuple[Activation, bool, bool]] = {
+ARCHITECTURES: dict[str, tuple[Activation, bool, bool]] = {
     "standard": ("relu", False, False),
     "topk": ("topk", False, False),
     "jumprelu": ("jumprelu", False, False),
     "gated": ("gated", False, False),
+    "topk_transcoder": ("topk", True, False),
+    "topk_skip_transcoder": ("topk", True, True),
     "transcoder": ("relu", True, False),
     "skip_transcoder": ("relu", True, True),
     "jumprelu_transcoder": ("jumprelu", True, False),
     "jumprelu_skip_transcoder": ("jumprelu", True, True),
 }
-"""The architectures of SAELens: activation, whether it is a transcoder, whether it has a skip connection."""
+"""The architectures of SAELens, and transcoders that keep the k largest, which it does not have: the activation,
+whether it is a transcoder, whether it has a skip connection."""
 
-_NORMALISATIONS: dict[str, Normalisation] = {
+NORMALISATIONS: dict[str, Normalisation] = {
     "none": "none",
     "layer_norm": "layer_norm",
     "constant_norm_rescale": "constant_norm",
 }
-_WITH_SAELENS = "load it with sae-lens and save it again with save_inference_model, or `sightline sae convert` it"
+"""How the normalisations that are done are called in SAELens."""
+WITH_SAELENS = "load it with sae-lens and save it again with save_inference_model, or `sightline sae convert` it"
+"""What to do about a folder that sae-lens reads and we do not."""
 _RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
-_CENTRED_PLACES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+CENTRED_POINTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+"""Where it matters whether what a model writes to the stream was centred; a norm takes the mean away, too."""
 
 
 class _Reader:
@@ -123,7 +129,7 @@ def saelens_config(path: Path, values: dict[str, Any]) -> Config:
     # before version 6 what is metadata now stood at the top
     config = _Reader(path, {**values, **metadata})
     architecture = _architecture(config, flat="metadata" not in values)
-    activation, transcoder, skip = _ARCHITECTURES[architecture]
+    activation, transcoder, skip = ARCHITECTURES[architecture]
     reads = config.place("hf_hook_name", "hook_name")
     out = config.place("hf_hook_name_out", "hook_name_out")
     _refuse_what_is_not_done(config, reads, transcoder)
@@ -159,9 +165,9 @@ def _architecture(config: _Reader, *, flat: bool) -> str:
     elif activation not in ("relu", "topk"):
         raise config.refuse(f"the activation function {activation!r} is not done; relu and topk are")
     if architecture in ("batchtopk", "matryoshka_batchtopk"):
-        raise config.refuse(f"it was saved to be trained further ({architecture}), with no threshold; {_WITH_SAELENS}")
-    if architecture not in _ARCHITECTURES:
-        raise config.refuse(f"the architecture {architecture!r} is not done; {', '.join(_ARCHITECTURES)} are")
+        raise config.refuse(f"it was saved to be trained further ({architecture}), with no threshold; {WITH_SAELENS}")
+    if architecture not in ARCHITECTURES:
+        raise config.refuse(f"the architecture {architecture!r} is not done; {', '.join(ARCHITECTURES)} are")
     return architecture
 
 
@@ -175,7 +181,7 @@ def _refuse_what_is_not_done(config: _Reader, reads: Place | None, transcoder: b
     if reshape not in ("none", "hook_z") or (reshape == "hook_z" and hook is not None and not hook.endswith("_z")):
         raise config.refuse(f"reshape_activations is {reshape!r} at {hook!r}; it is 'none', or 'hook_z' at a hook_z")
     if config.get("finetuning_scaling_factor", bool, False):
-        raise config.refuse(f"its finetuning_scaling_factor is not folded into its weights; {_WITH_SAELENS}")
+        raise config.refuse(f"its finetuning_scaling_factor is not folded into its weights; {WITH_SAELENS}")
     processed = config.get("model_from_pretrained_kwargs", dict, {})
     point = None if reads is None else reads.point
     if (processed.get("fold_ln") and point == "mlp_in") or (processed.get("fold_value_biases") and point == "z"):
@@ -196,11 +202,11 @@ def _normalisation(config: _Reader) -> Normalisation:
     said = config.values.get("normalize_activations")
     # before version 3 it was a bool
     said = {None: "none", False: "none", True: "expected_average_only_in"}.get(said, said)
-    if said in _NORMALISATIONS:
-        return _NORMALISATIONS[said]
+    if said in NORMALISATIONS:
+        return NORMALISATIONS[said]
     if said in ("expected_average_only_in", "covariance_whitening"):
-        raise config.refuse(f"the factors of normalize_activations {said!r} are not in the folder; {_WITH_SAELENS}")
-    raise config.refuse(f"normalize_activations is {said!r}; {', '.join(_NORMALISATIONS)} are done")
+        raise config.refuse(f"the factors of normalize_activations {said!r} are not in the folder; {WITH_SAELENS}")
+    raise config.refuse(f"normalize_activations is {said!r}; {', '.join(NORMALISATIONS)} are done")
 
 
 def _is_centred(config: _Reader, reads: Place | None) -> bool:
@@ -210,7 +216,7 @@ def _is_centred(config: _Reader, reads: Place | None) -> bool:
         return False
     if reads is None:
         raise config.refuse("it was trained on centred writes (center_writing_weights), at a place that is not known")
-    return reads.point in _CENTRED_PLACES
+    return reads.point in CENTRED_POINTS
 
 
 def _saelens_tensors(activation: Activation, skip: bool, d_in: int, n_features: int, d_out: int) -> dict[str, Stored]:

@@ -57,6 +57,7 @@ _MODULES = {
 _BEFORE_A_NORM = re.compile(r"(mlp|attn)\.hook_out|(mlp|self_attn|attn)(\.\w+)?\.output")
 _HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 _MODULE = re.compile(r"(?:[a-z_]+\.)*(?:layers|h)\.(\d+)(?:\.(.+?))??(?:\.(input|output))?")
+_HOOK_OF_MODULE = {"attn_out": "attn.hook_out", "mlp_out": "mlp.hook_out"}
 _POINT = re.compile(r"(\w+)\[(\d+)\]")
 
 
@@ -97,6 +98,12 @@ def parse_place(text: str, param: str = "point") -> Place:
         "'model.layers.2.output'",
         param=param,
     )
+
+
+def hook_name(place: Place) -> str:
+    """The hook of TransformerLens that a place is."""
+    hook = next(hook for hook, point in _HOOKS.items() if point == place.point)
+    return f"blocks.{place.layer}.{_HOOK_OF_MODULE[place.point] if place.of_module else hook}"
 
 
 def place_stream(model: TracedModel, place: Place) -> Stream:

@@ -7,6 +7,7 @@ mapped, so that what is never used does not stay in memory.
 
 import json
 from dataclasses import dataclass, fields
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,30 @@ from torch import Tensor
 
 from attribution.errors import InvalidArgument, StorageFailed
 from attribution.features.autoencoder import Autoencoder, Gate
-from attribution.features.configs import Config, Stored, saelens_config, sparsify_config
+from attribution.features.configs import WITH_SAELENS, Config, Stored, saelens_config, sparsify_config
 
 CONFIG, WEIGHTS, SPARSIFY_WEIGHTS = "cfg.json", "sae_weights.safetensors", "sae.safetensors"
 
-_DTYPES = {"F64", "F32", "F16", "BF16"}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _UNUSED = {"scaling_factor"}
 """What SAELens wrote for a while although it was all ones."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Read(Config):
+class Sizes(Config):
+    """What the config says, and the widest dtype of the weights."""
+
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Read(Sizes):
     """An autoencoder that was read, with what its config says."""
 
     autoencoder: Autoencoder
 
 
-def read_sizes(folder: Path | str) -> Config:
+def read_sizes(folder: Path | str) -> Sizes:
     """What an autoencoder is and where it sits, from its config and the header of its weights alone.
 
     Raises:
@@ -41,10 +49,10 @@ def read_sizes(folder: Path | str) -> Config:
     path, config = _weights_and_config(Path(folder))
     try:
         with safe_open(path, framework="pt") as file:
-            _check(path, config, file)
+            dtype = _check(path, config, file)
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from error
-    return config
+    return Sizes(**_values(config), dtype=dtype)
 
 
 def read_autoencoder(folder: Path | str) -> Read:
@@ -57,17 +65,14 @@ def read_autoencoder(folder: Path | str) -> Read:
     path, config = _weights_and_config(Path(folder))
     try:
         with safe_open(path, framework="pt") as file:
-            _check(path, config, file)
+            dtype = _check(path, config, file)
             tensors = {name: _tensor(path, file, stored) for name, stored in config.stored.items()}
             for name in _UNUSED & set(file.keys()):
                 _check_ones(path, name, file.get_tensor(name))
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from error
-    dtype = torch.empty(0, dtype=tensors["W_enc"].dtype)
-    for tensor in tensors.values():
-        dtype = dtype.to(torch.promote_types(dtype.dtype, tensor.dtype))
-    autoencoder = _assembled(config, {name: tensor.to(dtype.dtype) for name, tensor in tensors.items()})
-    return Read(**_values(config), autoencoder=autoencoder)
+    autoencoder = _assembled(config, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    return Read(**_values(config), dtype=dtype, autoencoder=autoencoder)
 
 
 def _assembled(config: Config, tensors: dict[str, Tensor]) -> Autoencoder:
@@ -110,15 +115,16 @@ def _weights_and_config(folder: Path) -> tuple[Path, Config]:
     return folder / WEIGHTS, saelens_config(path, values)
 
 
-def _check(path: Path, config: Config, file: Any) -> None:
-    """See that a file holds exactly the tensors that its config asks for."""
+def _check(path: Path, config: Config, file: Any) -> torch.dtype:
+    """See that a file holds exactly the tensors that its config asks for; their widest dtype."""
     expected = {stored.name: stored.shape for stored in config.stored.values()}
     found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys() - _UNUSED)
     if missing or extra:
         wrong = [f"has no {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(extra)} too"] * bool(extra)
         raise InvalidArgument(
-            f"{path} {' and '.join(wrong)}; as {config.architecture!r} it holds {', '.join(sorted(expected))}",
+            f"{path} {' and '.join(wrong)}; as {config.architecture!r} it holds {', '.join(sorted(expected))}. If "
+            f"sae-lens reads it, {WITH_SAELENS}",
             param="folder",
         )
     for name, shape in expected.items():
@@ -129,8 +135,9 @@ def _check(path: Path, config: Config, file: Any) -> None:
             )
         if found[name].get_dtype() not in _DTYPES:
             raise InvalidArgument(
-                f"{path}: {name} is of {found[name].get_dtype()}; {', '.join(sorted(_DTYPES))} are read", param="folder"
+                f"{path}: {name} is of {found[name].get_dtype()}; {', '.join(_DTYPES)} are read", param="folder"
             )
+    return reduce(torch.promote_types, (_DTYPES[found[name].get_dtype()] for name in expected))
 
 
 def _tensor(path: Path, file: Any, stored: Stored) -> Tensor:
@@ -143,8 +150,7 @@ def _tensor(path: Path, file: Any, stored: Stored) -> Tensor:
 def _check_ones(path: Path, name: str, tensor: Tensor) -> None:
     if not (tensor == 1).all():
         raise InvalidArgument(
-            f"{path}: {name} is not 1 everywhere, and is not folded into the weights; load it with sae-lens and save "
-            "it again, or `sightline sae convert` it",
+            f"{path}: {name} is not 1 everywhere, and is not folded into the weights; {WITH_SAELENS}",
             param="folder",
         )
 

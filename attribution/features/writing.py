@@ -111,7 +111,7 @@ def _architecture(autoencoder: Autoencoder, transcoder: bool) -> str:
             return name
     what = f"{'a transcoder' if transcoder else 'an autoencoder'} with {autoencoder.activation!r}"
     also = [" and a skip connection"] * found[2] + [" and rescaled activations"] * autoencoder.rescaled
-    raise InvalidArgument(f"the format has no {what}{''.join(also)}", param="autoencoder")
+    raise InvalidArgument(f"the format does not have {what}{''.join(also)}", param="autoencoder")
 
 
 def _tensors(autoencoder: Autoencoder) -> dict[str, Tensor]:

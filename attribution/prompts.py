@@ -1,7 +1,5 @@
 """From what a caller gives to the tokens of a sample: a text, messages, token ids, or a recorded run."""
 
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +9,9 @@ from pydantic import BeforeValidator
 
 from attribution import checks
 from attribution.arguments import Positions
-from attribution.errors import ContextLengthExceeded, InvalidArgument, RunNotFound, SampleMismatch, StorageFailed
+from attribution.errors import ContextLengthExceeded, InvalidArgument
 from attribution.model.traced import TracedModel
-
-_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+from attribution.recorded import read_answer
 
 Message = dict[str, Any]
 
@@ -154,26 +151,6 @@ def run_tokens(model: TracedModel, runs_dir: Path, run_id: str, choice: int) -> 
     """All tokens of a recorded answer, prompt and completion.
 
     Raises:
-        RunNotFound: no run of this id is recorded below `runs_dir`.
-        OutOfRange: the run has no such choice.
-        SampleMismatch: it is a run of another model.
-        StorageFailed: its record cannot be read.
+        RunNotFound, OutOfRange, SampleMismatch, StorageFailed: as `read_answer`.
     """
-    path = runs_dir / run_id / "run.json"
-    try:
-        if not _RUN_ID.fullmatch(run_id):
-            raise FileNotFoundError(run_id)
-        record = json.loads(path.read_bytes())
-        of = (record["model"], record["revision"])
-        answers = {answer["index"]: [int(token) for token in answer["token_ids"]] for answer in record["choices"]}
-    except FileNotFoundError as error:
-        raise RunNotFound(f"no run {run_id[:80]!r} is recorded below {runs_dir}", param="run_id") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StorageFailed(f"{path} cannot be read: {error!r}") from error
-    if of != (model.id, model.revision):
-        raise SampleMismatch(
-            f"the run {run_id!r} is of the model {of[0]!r} (revision {of[1]}), and this is {model.id!r} (revision "
-            f"{model.revision}); load that model, or give its tokens as token_ids",
-            param="run_id",
-        )
-    return answers[checks.in_range("choice", choice, len(answers), "the choices of this run")]
+    return read_answer(model, runs_dir, run_id, choice).token_ids

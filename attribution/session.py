@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from attribution.errors import ModelNotFound
+from attribution.features.sources import FeatureStore
 from attribution.means import MeanCache
 from attribution.model.load import LoadSpec, load
 from attribution.model.traced import TracedModel
 from attribution.operation import Operation
 from attribution.operations import (
     ablations,
+    features,
     getters,
     gradients,
     interventions,
@@ -53,6 +55,8 @@ class LocalSession:
         runs_dir: the folder in which a server records its runs, for `forward(run_id=…)`.
         vectors_dir: the folder of the steering vectors, or a `VectorStore` that is shared with other sessions; None is
             the folder of the samples with "_vectors" after its name. `vectors` is the store itself.
+        features: the autoencoders: a registry file (features.toml), or a `FeatureStore` that is shared with other
+            sessions; None begins with those of the embedded model alone. `features` is the store itself.
         load_options: fields of `LoadSpec`: dtype, device_map, quantization, …
     """
 
@@ -63,11 +67,13 @@ class LocalSession:
         store: ActivationStore | Path | str = DEFAULT_STORE,
         runs_dir: Path | str = DEFAULT_RUNS,
         vectors_dir: VectorStore | Path | str | None = None,
+        features: FeatureStore | Path | str | None = None,
         **load_options: Any,
     ) -> None:
         self.store = store if isinstance(store, ActivationStore) else ActivationStore(Path(store), DEFAULT_STORE_RAM)
         self.runs_dir = Path(runs_dir)
         self.vectors = vectors_dir if isinstance(vectors_dir, VectorStore) else vectors_beside(self.store, vectors_dir)
+        self.features = features if isinstance(features, FeatureStore) else FeatureStore(features)
         self.means = MeanCache()
         self._model: TracedModel | None = None
         self._lock = threading.RLock()  # a model is traced by one thread at a time
@@ -103,7 +109,9 @@ class LocalSession:
         return self._model.describe()
 
     def unload_model(self) -> None:
-        """Let go of the model; the stored samples stay."""
+        """Let go of the model and of the weights of its autoencoders; the stored samples stay."""
+        if self._model is not None:
+            self.features.drop(self._model.id)
         self._model = None
 
     @property
@@ -186,4 +194,8 @@ class LocalSession:
     get_steering_vector = steering.get_steering_vector
     delete_steering_vector = steering.delete_steering_vector
     lens = lens.lens
+    features_topk = features.features_topk
+    load_features = features.load_features
+    list_features = features.list_features
+    unload_features = features.unload_features
     forward_results = forward_results

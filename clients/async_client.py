@@ -10,6 +10,7 @@ from attribution.envelope import Packed
 from attribution.operation import Operation
 from attribution.operations import (
     ablations,
+    features,
     getters,
     gradients,
     interventions,
@@ -160,3 +161,7 @@ class AsyncModelClient:
     get_steering_vector = awaited(steering.get_steering_vector)
     delete_steering_vector = awaited(steering.delete_steering_vector)
     lens = awaited(lens.lens)
+    features_topk = awaited(features.features_topk)
+    load_features = awaited(features.load_features)
+    list_features = awaited(features.list_features)
+    unload_features = awaited(features.unload_features)

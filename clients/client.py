@@ -13,6 +13,7 @@ import httpx
 from attribution.operation import Operation
 from attribution.operations import (
     ablations,
+    features,
     getters,
     gradients,
     interventions,
@@ -162,4 +163,8 @@ class ModelClient:
     get_steering_vector = steering.get_steering_vector
     delete_steering_vector = steering.delete_steering_vector
     lens = lens.lens
+    features_topk = features.features_topk
+    load_features = features.load_features
+    list_features = features.list_features
+    unload_features = features.unload_features
     forward_results = forward_results

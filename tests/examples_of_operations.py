@@ -3,15 +3,22 @@
 A new operation takes three lines here: its name, the arguments, and what of them can be wrong.
 """
 
+import atexit
+import shutil
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.autoencoders import N_FEATURES, save_random
 from tests.models import D_MODEL, N_HEADS, N_LAYERS
 
 DATASET, LENGTHS = "set", (11, 8, 13)
+FOLDER = Path(tempfile.mkdtemp())  # of autoencoders, which are read where the model is
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 PROMPTS = [[(7 * length + 3 * at) % 250 for at in range(length)] for length in LENGTHS]
 
 
@@ -271,6 +278,47 @@ EXAMPLES: dict[str, Example] = {
             {"tokens": ["two words"]},
         ),
     ),
+    "features_topk": Example(
+        {"text": ["the rest", "or in a while"], "k": 4, "positions": [0, -1]},
+        (
+            {"text": None},
+            {"text": []},
+            {"text": ["a", ""]},
+            {"messages": []},
+            {"layer": N_LAYERS},
+            {"layer": 0},
+            {"source": "absent"},
+            {"k": N_FEATURES + 1},
+            {"k": 0},
+            {"positions": "generated"},
+            {"positions": [99]},
+            {"positions": [0, 0]},
+            {"positions": 1.5},
+            {"text": None, "dataset_id": DATASET},
+            {"text": None, "dataset_id": DATASET, "sample_id": 99},
+            {"text": None, "run_id": "0" * 32},
+        ),
+    ),
+    "load_features": Example(
+        {"folder": str(FOLDER / "kept"), "name": "kept", "descriptions": str(FOLDER / "said.jsonl")},
+        (
+            {"folder": str(FOLDER / "absent")},
+            {"folder": str(FOLDER)},
+            {"folder": str(FOLDER / "wide")},
+            {"folder": str(FOLDER / "deep")},
+            {"folder": str(FOLDER / "other")},
+            {"folder": str(FOLDER / "second")},
+            {"name": "a b"},
+            {"point": "resid_post[0]"},
+            {"point": "resid[0]"},
+            {"writes": "mlp_out[1]"},
+            {"descriptions": str(FOLDER / "absent")},
+            {"source_id": "5-res"},
+            {"model_name": "another"},
+        ),
+    ),
+    "list_features": Example({}),
+    "unload_features": Example({"source": "gone"}, ({"source": "absent"},)),
 }
 
 
@@ -281,3 +329,20 @@ def store_samples(session: Any) -> None:
     session.forward("gone", 0, token_ids=PROMPTS[0])
     for name in ("kept", "gone"):
         session.create_steering_vector(name, selector="mlp_out[1]", overwrite=True, **CONTRAST)
+    for name in ("kept", "gone"):
+        session.load_features(str(FOLDER / name), name, overwrite=True)
+
+
+def save_autoencoders() -> None:
+    """Those that the examples load, and those that are refused."""
+    save_random(FOLDER / "kept")
+    save_random(FOLDER / "gone", "mlp_in[2]", "mlp_out[2]", n_features=60)
+    save_random(FOLDER / "second", "attn_out[0]")
+    save_random(FOLDER / "wide", d_in=D_MODEL + 1, d_dec=D_MODEL + 1)
+    save_random(FOLDER / "deep", f"resid_pre[{N_LAYERS}]")
+    save_random(FOLDER / "other", name="gpt2-small")
+    said = ['{"index": 3, "description": "three", "layer": "1-res"}', "broken", '{"index": 70, "description": "x"}']
+    (FOLDER / "said.jsonl").write_text("\n".join(said))
+
+
+save_autoencoders()

@@ -1,102 +1,198 @@
 """The autoencoders at hand: sources, each an autoencoder at a place of a model, with descriptions of its features.
 
-A source is declared by a registry file (`attribution.features.registry`) or loaded from a folder. It is checked against
-its model when it is added; its weights are read when they are first needed, and kept.
+1. A source is declared, by a registry file (`attribution.features.registry`) or by `load_features`; one of a model that
+   is not loaded waits.
+2. When its model is asked for its sources, those that wait are read and checked against it. What does not fit is said,
+   logged and not used; the others are.
+3. When the model is unloaded, weights are let go and its sources wait again: another model may take its name.
+
+The embedded model finds the sources that come with it by itself.
 """
 
+import logging
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from attribution import checks
-from attribution.errors import InvalidArgument, SourceNotFound
-from attribution.features.autoencoder import Autoencoder
-from attribution.features.descriptions import Descriptions
-from attribution.features.places import Place
-from attribution.features.reading import read_autoencoder
+import puzzles
+from attribution.errors import InvalidArgument, SightlineError, SourceNotFound
+from attribution.features.declared import Declaration, check_source, read_source
+from attribution.features.registry import REGISTRY_FILE, Refused, read_registry
+from attribution.features.source import Source
+from attribution.features.weights import DEFAULT_BYTES, KeptWeights
+from attribution.model.hub import DEMO
 from attribution.model.traced import TracedModel
+
+log = logging.getLogger("sightline.features")
+
+__all__ = ["FeatureStore", "Source", "check_source"]
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """An autoencoder at a place of a model.
+class _Entry:
+    """What is known of a source: how it was declared, and what became of it.
 
     Attributes:
-        name: as "2-resid_post"; the model's other sources have other names.
-        model_id: the model that it was declared for.
-        folder: of its weights.
-        reads: where it reads.
-        writes: where what it decodes belongs: the same place, or for a transcoder another one.
-        n_features, d_in, d_out: its sizes.
-        prepend_bos: whether it was trained on texts that begin with the special token; None where that is not known.
-        descriptions: of its features.
+        declared: None of a source that was handed over as it is.
+        source: when it fits its model, whose weights have this `fingerprint`.
+        reason: why it cannot be used.
     """
 
-    name: str
-    model_id: str
-    folder: Path
-    reads: Place
-    writes: Place
-    n_features: int
-    d_in: int
-    d_out: int
-    architecture: str
-    prepend_bos: bool | None = None
-    descriptions: Descriptions = field(default_factory=Descriptions)
-    _kept: dict[tuple[torch.device, torch.dtype | None], Autoencoder] = field(default_factory=dict, repr=False)
+    declared: Declaration | None
+    source: Source | None = None
+    fingerprint: str | None = None
+    reason: str | None = None
 
-    @property
-    def is_transcoder(self) -> bool:
-        """Whether it writes elsewhere than it reads."""
-        return self.reads != self.writes
-
-    @property
-    def layer(self) -> int:
-        """The layer of what it reads."""
-        return self.reads.layer
-
-    def autoencoder(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Autoencoder:
-        """Its weights, read once for each device and dtype; a dtype of None is that of the file.
-
-        Raises:
-            StorageFailed: the files cannot be read any more.
-        """
-        key = (torch.device(device), dtype)
-        if key not in self._kept:
-            self._kept[key] = read_autoencoder(self.folder).autoencoder.to(*key)
-        return self._kept[key]
-
-    def check_index(self, index: int, param: str = "index") -> int:
-        """See that it has a feature.
-
-        Raises:
-            OutOfRange: it has none of this index.
-        """
-        return checks.in_range(param, index, self.n_features, f"the features of {self.name!r}")
+    def status(self) -> dict[str, Any]:
+        """A row of the list of all sources."""
+        if self.source is not None:
+            return self.source.describe() | {"status": "ready", "reason": None}
+        declared = self.declared
+        assert declared is not None
+        status = "waiting" if self.reason is None else "failed"
+        said = {"name": declared.name, "model_id": declared.model, "folder": str(declared.folder)}
+        return said | {"status": status, "reason": self.reason}
 
 
 class FeatureStore:
-    """The sources of all models of a process. Safe to use from several threads."""
+    """The sources of all models of a process. Safe to use from several threads.
 
-    def __init__(self) -> None:
-        self._sources: dict[tuple[str, str], Source] = {}
-        self._lock = threading.Lock()
+    Args:
+        registry: a features.toml, or a folder that has one.
+        most_bytes: of weights that are kept in memory.
+
+    Raises:
+        InvalidArgument: the registry cannot be read; an entry of it that is wrong is reported by `status`.
+    """
+
+    def __init__(self, registry: Path | str | None = None, most_bytes: int = DEFAULT_BYTES) -> None:
+        self.weights = KeptWeights(most_bytes)
+        self._entries: list[_Entry] = []
+        self._refused: list[Refused] = []
+        self._lock = threading.RLock()
+        self._embedded = False
+        if registry is not None:
+            self._declare(Path(registry))
+
+    # --- declare
+
+    def _declare(self, path: Path) -> None:
+        declared, refused = read_registry(path)
+        self._entries += [_Entry(one) for one in declared]
+        self._refused += refused
+        for one in refused:
+            log.error("an autoencoder cannot be used", extra={"reason": one.reason})
+
+    def _declare_embedded(self, model: TracedModel) -> None:
+        if self._embedded or model.id != DEMO:
+            return
+        self._embedded = True
+        path = embedded_registry()
+        if path.is_file():
+            self._declare(path)
+
+    def load(self, model: TracedModel, declared: Declaration, *, overwrite: bool = False) -> Source:
+        """Read a source, check it and take it; the same one again is read anew.
+
+        Args:
+            overwrite: take it in place of another one of its name.
+
+        Raises:
+            InvalidArgument: there is another source of this name; or as `read_source`.
+            SourceMismatch, StorageFailed, UnsupportedModel: as `read_source`.
+        """
+        with self._lock:
+            self.of(model)
+            found = read_source(model, declared, self.weights)
+            there = self._find(model, found.name)
+            if there is not None and there.declared is not None and not overwrite and not _same(there, found):
+                raise InvalidArgument(
+                    f"{model.id!r} has a source {found.name!r} already, from {there.source and there.source.folder}; "
+                    "take another name, overwrite=True, or unload it first",
+                    param="name",
+                )
+            self.weights.drop(found.folder)
+            self._put(_Entry(replace(declared, name=found.name), found, model.fingerprint))
+            return found
 
     def add(self, source: Source) -> None:
-        """Take a source; one of the same name and model is replaced."""
+        """Take a source as it is; one of the same name and model is replaced."""
         with self._lock:
-            self._sources[source.model_id, source.name] = source
+            self._put(_Entry(None, source))
+
+    def _put(self, entry: _Entry) -> None:
+        source = entry.source
+        assert source is not None
+        kept = [
+            one
+            for one in self._entries
+            if one.source is None or (one.source.model_id, one.source.name) != (source.model_id, source.name)
+        ]
+        self._entries = [*kept, entry]
+
+    # --- look up
 
     def all(self) -> list[Source]:
-        """Every source, by model, layer and name."""
+        """Every source that is ready, by model, layer and name."""
         with self._lock:
-            return sorted(self._sources.values(), key=lambda one: (one.model_id, one.layer, one.name))
+            found = [entry.source for entry in self._entries if entry.source is not None]
+        return sorted(found, key=lambda one: (one.model_id, one.layer, one.name))
+
+    def status(self) -> list[dict[str, Any]]:
+        """Every source that was declared: what it is when it is ready, else that it waits for its model, or failed."""
+        with self._lock:
+            waiting = [entry.status() for entry in self._entries if entry.source is None]
+            refused = [one.status() for one in self._refused]
+            ready = [one.describe() | {"status": "ready", "reason": None} for one in self.all()]
+        return [*ready, *waiting, *refused]
 
     def of(self, model: TracedModel) -> list[Source]:
-        """The sources of a model, by layer and name."""
+        """The sources of a model that fit it, by layer and name."""
+        with self._lock:
+            self._declare_embedded(model)
+            names: set[str] = set()
+            for index, entry in enumerate(self._entries):
+                if _concerns(entry, model):
+                    self._entries[index] = entry = self._checked(entry, model, names)
+                    names |= {entry.source.name} if entry.source is not None else set()
         return [one for one in self.all() if one.model_id == model.id]
+
+    def _checked(self, entry: _Entry, model: TracedModel, taken: Iterable[str]) -> _Entry:
+        """The entry, read and checked against the model when that has not been done."""
+        declared = entry.declared
+        if declared is None or _is_checked(entry, model):
+            return entry
+        fresh = _Entry(declared, fingerprint=model.fingerprint)
+        try:
+            source = read_source(model, declared, self.weights)
+            if source.name in taken:
+                raise InvalidArgument(f"{model.id!r} has a source {source.name!r} already; give another name")
+        except SightlineError as error:
+            reason = f"{declared.origin}: {error.message}"
+            log.error("an autoencoder cannot be used", extra={"model": model.id, "reason": reason})
+            return replace(fresh, reason=reason)
+        return replace(fresh, source=source)
+
+    def choose(self, model: TracedModel, name: str | None = None, layer: int | None = None) -> list[Source]:
+        """The sources of a model of this name and at this layer, at least one; None is any.
+
+        Raises:
+            SourceNotFound: there is none; says what there is.
+        """
+        has = self.of(model)
+        fits = [one for one in has if name in (None, one.name) and layer in (None, one.layer)]
+        if fits:
+            return fits
+        names = ", ".join(f"{one.name!r} (layer {one.layer})" for one in has) or "none"
+        asked = " and ".join([f"named {name!r}"] * (name is not None) + [f"at layer {layer}"] * (layer is not None))
+        failed = "".join(f"; not used: {reason}" for reason in self._failures(model, name))
+        raise SourceNotFound(
+            f"no autoencoder {asked or 'is loaded'} for {model.id!r}; it has {names}. POST /features/load, or "
+            f"load_features(folder), adds one{failed}",
+            param="layer" if name is None and layer is not None else "source",
+        )
 
     def source(self, model: TracedModel, name: str | None = None, layer: int | None = None) -> Source:
         """The source of a model that has this name, or the only one at this layer, or the only one.
@@ -105,29 +201,80 @@ class FeatureStore:
             SourceNotFound: the model has none, or none of this name or layer.
             InvalidArgument: several fit.
         """
-        has = self.of(model)
-        fits = [one for one in has if name in (None, one.name) and layer in (None, one.layer)]
-        if len(fits) == 1:
-            return fits[0]
-        names = ", ".join(f"{one.name!r} (layer {one.layer})" for one in has) or "none"
-        asked = " and ".join([f"named {name!r}"] * (name is not None) + [f"at layer {layer}"] * (layer is not None))
-        if not fits:
-            raise SourceNotFound(
-                f"no autoencoder {asked or 'is loaded'} for {model.id!r}; it has {names}. POST /features/load, or "
-                "load_features(folder), adds one",
-                param="layer" if name is None and layer is not None else "source",
+        fits = self.choose(model, name, layer)
+        if len(fits) > 1:
+            raise InvalidArgument(
+                f"several autoencoders of {model.id!r} fit: {', '.join(repr(one.name) for one in fits)}; name one",
+                param="source",
             )
-        raise InvalidArgument(
-            f"several autoencoders of {model.id!r} fit: {', '.join(repr(one.name) for one in fits)}; name one",
-            param="source",
-        )
+        return fits[0]
+
+    def _failures(self, model: TracedModel, name: str | None) -> list[str]:
+        with self._lock:
+            return [
+                entry.reason
+                for entry in self._entries
+                if entry.reason is not None
+                and _concerns(entry, model)
+                and name in (None, entry.declared and entry.declared.name)
+            ]
+
+    def _find(self, model: TracedModel, name: str) -> _Entry | None:
+        for entry in self._entries:
+            if entry.source is not None and (entry.source.model_id, entry.source.name) == (model.id, name):
+                return entry
+        return None
+
+    # --- let go
+
+    def drop(self, model_id: str) -> None:
+        """The model was unloaded: let go of the weights of its sources, which wait until it is loaded again."""
+        with self._lock:
+            for index, entry in enumerate(self._entries):
+                if entry.source is not None and entry.source.model_id == model_id:
+                    entry.source.weights.drop(entry.source.folder)
+                    if entry.declared is not None:
+                        self._entries[index] = _Entry(entry.declared)
+                elif entry.reason is not None and entry.declared is not None and entry.declared.model == model_id:
+                    self._entries[index] = _Entry(entry.declared)
+
+    def remove(self, model_id: str, name: str) -> Source:
+        """Forget a source and let go of its weights; its files stay.
+
+        Raises:
+            SourceNotFound: there is none of this name; says what there is.
+        """
+        with self._lock:
+            there = [one for one in self.all() if one.model_id == model_id]
+            found = next((one for one in there if one.name == name), None)
+            if found is None:
+                names = ", ".join(repr(one.name) for one in there) or "none"
+                raise SourceNotFound(f"{model_id!r} has no autoencoder {name!r}; it has {names}", param="source")
+            self._entries = [entry for entry in self._entries if entry.source is not found]
+            found.weights.drop(found.folder)
+            return found
 
 
-def check_source(model: TracedModel, source: Source) -> None:
-    """See that an autoencoder fits a model.
+def embedded_registry() -> Path:
+    """The registry of the sources that come with the embedded model."""
+    return Path(puzzles.__file__).parent / "demo_features" / REGISTRY_FILE
 
-    Raises:
-        SourceMismatch: it is of another model, or its place or widths are not the model's.
-        UnsupportedModel: the points of the model are not proved.
-    """
-    raise NotImplementedError
+
+def _concerns(entry: _Entry, model: TracedModel) -> bool:
+    if entry.declared is None:
+        return entry.source is not None and entry.source.model_id == model.id
+    return entry.declared.is_for(model)
+
+
+def _is_checked(entry: _Entry, model: TracedModel) -> bool:
+    """Whether an entry was held against this very model."""
+    if entry.fingerprint != model.fingerprint:
+        return False
+    return entry.reason is not None if entry.source is None else entry.source.model_id == model.id
+
+
+def _same(entry: _Entry, source: Source) -> bool:
+    """Whether a source that is there is of the same folder and places as one that comes."""
+    there = entry.source
+    assert there is not None
+    return (there.folder, there.reads, there.writes) == (source.folder, source.reads, source.writes)

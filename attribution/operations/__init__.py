@@ -3,6 +3,7 @@
 from attribution.operation import Operation
 from attribution.operations import (
     ablations,
+    features,
     getters,
     gradients,
     interventions,
@@ -16,7 +17,19 @@ from attribution.operations import (
 
 OPERATIONS: dict[str, Operation] = {
     value.name: value
-    for module in (samples, getters, gradients, scores, ablations, patching, steering, interventions, lens, together)
+    for module in (
+        samples,
+        getters,
+        gradients,
+        scores,
+        ablations,
+        patching,
+        steering,
+        interventions,
+        lens,
+        together,
+        features,
+    )
     for value in vars(module).values()
     if isinstance(value, Operation)
 }

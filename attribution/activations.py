@@ -20,12 +20,12 @@ BATCH_ROWS, BATCH_TOKENS = 16, 4096
 """The most rows of a batch, and the most tokens, padding included; a longer sample is a batch of its own."""
 
 
-def batches(lengths: Sequence[int]) -> list[list[int]]:
+def batches(lengths: Sequence[int], most_tokens: int = BATCH_TOKENS) -> list[list[int]]:
     """The indices of samples of these lengths in batches: similar lengths together, the longest first."""
     found: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         batch = found[-1] if found else []
-        if batch and len(batch) < BATCH_ROWS and (len(batch) + 1) * lengths[batch[0]] <= BATCH_TOKENS:
+        if batch and len(batch) < BATCH_ROWS and (len(batch) + 1) * lengths[batch[0]] <= most_tokens:
             batch.append(index)
         else:
             found.append([index])

@@ -61,10 +61,13 @@ class Operation(Generic[P, R]):
         params: the pydantic model of the arguments, the session left out.
         safe: whether it may be sent again after a lost connection: it changes nothing, or the same thing to the same.
         long: whether it reports progress.
+        of_model: whether it runs on one loaded model, which a caller names as `model`.
     """
 
-    def __init__(self, function: Callable[..., Any], *, safe: bool, path: str | None = None) -> None:
-        self.function, self.safe = function, safe
+    def __init__(
+        self, function: Callable[..., Any], *, safe: bool, path: str | None = None, of_model: bool = True
+    ) -> None:
+        self.function, self.safe, self.of_model = function, safe, of_model
         self.name, self.__doc__ = function.__name__, function.__doc__
         self.path = path or f"attribution/{self.name}"
         self.long = inspect.isgeneratorfunction(inspect.unwrap(function))
@@ -131,10 +134,10 @@ class _Declare(Protocol):
     def __call__(self, function: "Callable[Concatenate[LocalSession, P], R]") -> Operation[P, R]: ...
 
 
-def operation(*, safe: bool = True, path: str | None = None) -> _Declare:
-    """Declare an operation; see the head of this module. `safe` and `path` as in `Operation`."""
+def operation(*, safe: bool = True, path: str | None = None, of_model: bool = True) -> _Declare:
+    """Declare an operation; see the head of this module. `safe`, `path` and `of_model` as in `Operation`."""
 
     def declare(function: Callable[..., Any]) -> Any:
-        return Operation(function, safe=safe, path=path)
+        return Operation(function, safe=safe, path=path, of_model=of_model)
 
     return declare

@@ -17,6 +17,7 @@ from attribution.model.traced import TracedModel
 from attribution.operation import Operation
 from attribution.operations import (
     ablations,
+    compare,
     features,
     getters,
     gradients,
@@ -92,6 +93,17 @@ class LocalSession:
         if self._model is None:
             raise ModelNotFound(NONE_LOADED, param="model")
         return self._model
+
+    @property
+    def loaded(self) -> TracedModel | None:
+        """The model of this session; None when none is loaded."""
+        return self._model
+
+    def beside(self, model: TracedModel) -> "LocalSession":
+        """A session of another model that shares all stores with this one."""
+        return LocalSession(
+            model, store=self.store, runs_dir=self.runs_dir, vectors_dir=self.vectors, features=self.features
+        )
 
     def run(self, operation: Operation[..., Any], arguments: Mapping[str, Any]) -> Any:
         """Run an operation here, with a progress bar when it is long and `show_progress` is not off."""
@@ -198,4 +210,7 @@ class LocalSession:
     load_features = features.load_features
     list_features = features.list_features
     unload_features = features.unload_features
+    describe_feature = features.describe_feature
+    measure_text = compare.measure_text
+    compare = compare.compare
     forward_results = forward_results

@@ -10,6 +10,7 @@ from attribution.envelope import Packed
 from attribution.operation import Operation
 from attribution.operations import (
     ablations,
+    compare,
     features,
     getters,
     gradients,
@@ -165,3 +166,6 @@ class AsyncModelClient:
     load_features = awaited(features.load_features)
     list_features = awaited(features.list_features)
     unload_features = awaited(features.unload_features)
+    describe_feature = awaited(features.describe_feature)
+    measure_text = awaited(compare.measure_text)
+    compare = awaited(compare.compare)

@@ -13,6 +13,7 @@ import httpx
 from attribution.operation import Operation
 from attribution.operations import (
     ablations,
+    compare,
     features,
     getters,
     gradients,
@@ -167,4 +168,7 @@ class ModelClient:
     load_features = features.load_features
     list_features = features.list_features
     unload_features = features.unload_features
+    describe_feature = features.describe_feature
+    measure_text = compare.measure_text
+    compare = compare.compare
     forward_results = forward_results

@@ -74,7 +74,8 @@ def status_path(model: str | None) -> str:
 
 def call_of(operation: Operation[..., Any], arguments: Mapping[str, Any], model: str | None, progress: bool) -> Call:
     """An operation as a request: what the caller gave, and nothing else."""
-    sent = dict(arguments) if model is None else dict(arguments) | {"model": model}
+    named = model is not None and operation.of_model
+    sent = dict(arguments) | ({"model": model} if named else {})
     accept = PROGRESS_TYPE if operation.long and progress else MEDIA_TYPE
     return Call(operation.name, "POST", f"/{operation.path}", _body(sent), accept, operation.safe)
 

@@ -23,7 +23,7 @@ from server.bodies import TensorRoom, longest_body
 from server.logs import request_id
 from server.metrics import Metrics
 from server.registry import EMBEDDED, ModelRegistry
-from server.routes import health, models, openai, operations, runs, steering
+from server.routes import compare, features, health, models, openai, operations, runs, steering
 from server.runs import RunStore
 from server.settings import Settings
 from server.state import SERVER_FAILED, State
@@ -49,7 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
     state = State(settings, metrics, ModelRegistry(settings, metrics), store, room)
     app = FastAPI(title="Sightline", version=version("sightline"), lifespan=_lifespan)
     app.state.sightline = state
-    for routes in (health, openai, models, runs, steering, operations):
+    for routes in (health, openai, models, runs, steering, features, operations, compare):
         app.include_router(routes.router)
     app.add_exception_handler(SightlineError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)

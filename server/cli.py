@@ -17,6 +17,7 @@ from typer.exceptions import TyperException
 
 from attribution.errors import InvalidArgument, InvalidRequest, NotFound, SightlineError
 from server.commands.attribute import attribute
+from server.commands.compare import compare
 from server.commands.inspect_file import inspect
 from server.commands.knockout import knockout
 from server.commands.lens import lens
@@ -52,7 +53,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, models, runs, inspect, attribute, knockout, lens):
+for command in (serve, models, runs, inspect, attribute, knockout, lens, compare):
     app.command()(command)
 
 

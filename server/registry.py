@@ -5,13 +5,17 @@ import gc
 import logging
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
 from attribution.errors import Busy, ModelAmbiguous, ModelNotFound
-from attribution.model.hub import resolve_alias
+from attribution.features.sources import FeatureStore
+from attribution.model.hub import canonical
+from attribution.model.known import check_fits
 from attribution.model.load import LoadSpec, load
 from attribution.model.traced import TracedModel
 from attribution.positions import parse_window
@@ -45,11 +49,6 @@ class LoadedModel:
         return self.model.id
 
 
-def canonical(name: str) -> str:
-    """The one name of a model: aliases stand for their hub ids."""
-    return name if name == EMBEDDED else resolve_alias(name)
-
-
 class ModelRegistry:
     """Loads, finds and unloads models. Used from the event loop only."""
 
@@ -59,10 +58,13 @@ class ModelRegistry:
         """The stored samples of all models."""
         self.vectors = vectors_beside(self.store, settings.vectors_dir)
         """The steering vectors of all models."""
+        self.features = FeatureStore(settings.features, int(settings.features_ram))
+        """The autoencoders of all models."""
         self._loaded: dict[str, LoadedModel] = {}
         self._loading: dict[str, tuple[LoadSpec, asyncio.Task[LoadedModel]]] = {}
         self._asking: Counter[str] = Counter()  # loads of each model that have not been answered
         self._taken: set[str] = set()  # the models of which one has been
+        self._guests = asyncio.Lock()  # one at a time
 
     @property
     def loaded(self) -> list[LoadedModel]:
@@ -107,7 +109,7 @@ class ModelRegistry:
     def empty_session(self) -> LocalSession:
         """A session without a model, for what needs none."""
         runs_dir = self._settings.activations_dir
-        return LocalSession(None, store=self.store, runs_dir=runs_dir, vectors_dir=self.vectors)
+        return LocalSession(None, store=self.store, runs_dir=runs_dir, vectors_dir=self.vectors, features=self.features)
 
     async def load(self, spec: LoadSpec, savepoints: tuple[SavepointSpec, ...] = ()) -> LoadedModel:
         """Load a model, or wait for the load of it that is under way; loaded again, it takes other savepoints.
@@ -150,6 +152,7 @@ class ModelRegistry:
         self._taken.discard(entry.id)
         self._metrics.models_loaded.set(len(self._loaded))
         await asyncio.to_thread(entry.worker.stop)
+        self.features.drop(entry.id)
         size = entry.model.memory_bytes
         del entry
         gc.collect()
@@ -158,6 +161,36 @@ class ModelRegistry:
         log.info("model unloaded", extra={"model": name})
         return size
 
+    @asynccontextmanager
+    async def guest(self, spec: LoadSpec) -> AsyncIterator[LoadedModel]:
+        """Load a model for one piece of work, and let go of it after; there is one guest at a time.
+
+        No request finds it by its name, so that nobody relies on it, and a request that names no model still means the
+        one that is loaded.
+
+        Raises:
+            CannotFit: memory does not hold it.
+            ModelLoadFailed, InvalidRequest: the checkpoint cannot be read.
+        """
+        await self._guests.acquire()
+        worker: ModelWorker | None = None
+        try:
+            await asyncio.to_thread(check_fits, spec)
+            spec = replace(spec, model_id=canonical(spec.model_id))
+            worker = self._worker(spec)
+            model = await asyncio.shield(asyncio.wrap_future(worker.loaded))
+            yield self._with_session(model, worker, spec)
+        finally:
+            # to its end, also when the request is cancelled meanwhile
+            await asyncio.shield(asyncio.create_task(self._let_go(worker)))
+
+    async def _let_go(self, worker: ModelWorker | None) -> None:
+        try:
+            if worker is not None:
+                await asyncio.to_thread(worker.stop)
+        finally:
+            self._guests.release()
+
     async def close(self) -> None:
         """Unload everything."""
         for name in list(self._loaded):
@@ -165,7 +198,9 @@ class ModelRegistry:
 
     def _with_session(self, model: TracedModel, worker: ModelWorker, spec: LoadSpec) -> LoadedModel:
         runs_dir = self._settings.activations_dir
-        session = LocalSession(model, store=self.store, runs_dir=runs_dir, vectors_dir=self.vectors)
+        session = LocalSession(
+            model, store=self.store, runs_dir=runs_dir, vectors_dir=self.vectors, features=self.features
+        )
         return LoadedModel(model, worker, session, spec)
 
     async def _load_once(self, name: str, spec: LoadSpec) -> LoadedModel:
@@ -179,18 +214,22 @@ class ModelRegistry:
             )
         return await asyncio.shield(task)
 
-    async def _load(self, name: str, spec: LoadSpec) -> LoadedModel:
+    def _worker(self, spec: LoadSpec) -> ModelWorker:
         settings = self._settings
-        log.info("loading model", extra={"model": name})
         engine = partial(
             make_engine,
             max_batch=settings.max_batch,
             prefill_chunk=settings.prefill_chunk,
             metrics=self._metrics,
         )
-        worker = ModelWorker(name, partial(load, spec), engine, settings.max_queue, self._metrics)
+        return ModelWorker(spec.model_id, partial(load, spec), engine, settings.max_queue, self._metrics)
+
+    async def _load(self, name: str, spec: LoadSpec) -> LoadedModel:
+        log.info("loading model", extra={"model": name})
+        worker = self._worker(spec)
         try:
             model = await asyncio.wrap_future(worker.loaded)
+            await asyncio.to_thread(self.features.of, model)  # those that wait for it are checked
             entry = self._loaded[name] = self._with_session(model, worker, spec)
         finally:
             del self._loading[name]

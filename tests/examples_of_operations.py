@@ -318,7 +318,39 @@ EXAMPLES: dict[str, Example] = {
         ),
     ),
     "list_features": Example({}),
+    "describe_feature": Example(
+        {"source": "kept", "index": 3, "top_k": 4},
+        ({"source": "absent"}, {"index": N_FEATURES}, {"index": -1}, {"top_k": 0}),
+    ),
     "unload_features": Example({"source": "gone"}, ({"source": "absent"},)),
+    "measure_text": Example(
+        {"sentences": ["the rest is in a while", "ä 漢"], "domain_terms": ["rest", "t", "漢", "absent"]},
+        (
+            {"sentences": []},
+            {"sentences": "one text"},
+            {"sentences": ["a", ""]},
+            {"sentences": ["a " * 300]},
+            {"domain_terms": [""]},
+            {"domain_terms": ["a", "a"]},
+            {"domain_terms": "a"},
+            {"top_features": -1},
+            {"top_features": 10_000},
+        ),
+    ),
+    "compare": Example(
+        {"models": ["demo"], "sentences": ["paint right", "K B"], "domain_terms": ["right"]},
+        (
+            {"models": []},
+            {"models": ["demo", "demo"]},
+            {"models": ["demo", "no/such-model"]},
+            {"models": "demo"},
+            {"sentences": []},
+            {"sentences": ["a " * 3000]},
+            {"domain_terms": ["a", "a"]},
+            {"dtype": "float8"},
+            {"model": "demo"},
+        ),
+    ),
 }
 
 

@@ -68,6 +68,11 @@ def resolve_alias(name: str) -> str:
     return str(puzzles.demo_model_path()) if name == DEMO else ALIASES.get(name, name)
 
 
+def canonical(name: str) -> str:
+    """The one name of a model: aliases stand for their hub ids."""
+    return name if name == DEMO else resolve_alias(name)
+
+
 def list_local_models(models_dir: Path | None = None) -> list[LocalModel]:
     """The embedded model, those of the cache that huggingface_hub uses, and folders below `models_dir`.
 
@@ -118,6 +123,14 @@ def _folders(models_dir: Path) -> Iterator[LocalModel]:
             subfolders.clear()
             path = Path(folder)
             yield _describe(str(path), path, _disk_bytes(path), "folder")
+
+
+def needed_bytes(folder: Path, dtype: str = "auto") -> int | None:
+    """Estimate of a model's weights in memory, in this dtype ("auto": its own); None where its files do not say."""
+    found = _describe(str(folder), folder, 0, "folder")
+    if dtype == "auto" or found.parameters is None:
+        return found.memory_bytes
+    return found.parameters * _WIDTHS[dtype]
 
 
 def _describe(name: str, path: Path | None, disk_bytes: int, source: Source) -> LocalModel:

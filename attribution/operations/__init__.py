@@ -3,6 +3,7 @@
 from attribution.operation import Operation
 from attribution.operations import (
     ablations,
+    compare,
     features,
     getters,
     gradients,
@@ -29,6 +30,7 @@ OPERATIONS: dict[str, Operation] = {
         lens,
         together,
         features,
+        compare,
     )
     for value in vars(module).values()
     if isinstance(value, Operation)

@@ -1,6 +1,5 @@
 """`sightline lens`: what each layer of a model would say next, as a table, a JSON file or a picture."""
 
-import json
 import re
 import shutil
 import sys
@@ -11,7 +10,7 @@ import typer
 
 from attribution.errors import InvalidRequest, StorageFailed
 from server.commands.options import Device, Dtype, Model
-from server.commands.output import show
+from server.commands.output import show, write_json
 
 if TYPE_CHECKING:
     from attribution.model.traced import TracedModel
@@ -51,7 +50,7 @@ def lens(
     found = _run(model, prompt, {"layers": _selection("layers", layers), "top_k": top_k}, at, (device, dtype))
     _tell(found)
     if output is not None:
-        _write(output, found)
+        write_json(output, found)
     if picture is not None:
         _draw(picture, found)
 
@@ -143,15 +142,6 @@ def _shown(token: str) -> str:
     """A token as it stands in a table: quoted, so that blanks are seen."""
     text = repr(token)[1:-1]
     return f"'{text if len(text) <= _TOKEN else text[: _TOKEN - 1] + '…'}'"
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, ensure_ascii=False, allow_nan=False, indent=1))
-    except OSError as error:
-        raise StorageFailed(f"{path} cannot be written: {error}") from error
-    typer.echo(f"\nresult: {path}")
 
 
 def _draw(path: Path, found: dict[str, Any]) -> None:

@@ -1,12 +1,18 @@
 """How the commands show numbers and tables."""
 
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from pathlib import Path
+from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from attribution.errors import StorageFailed
 
 
 def show(
@@ -24,6 +30,20 @@ def show(
         table.add_row(*(Text(str(cell)) for cell in row))
     console = console or Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
     console.print(table)
+
+
+def write_json(path: Path, found: Any) -> None:
+    """Write a result to a file, and say so.
+
+    Raises:
+        StorageFailed: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, ensure_ascii=False, allow_nan=False, indent=1))
+    except OSError as error:
+        raise StorageFailed(f"{path} cannot be written: {error}") from error
+    typer.echo(f"\nresult: {path}")
 
 
 def size(count: int | None) -> str:

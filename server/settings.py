@@ -104,6 +104,11 @@ class Settings(BaseSettings):
     vectors_dir: Path | None = Field(
         None, description="Folder of the steering vectors; by default store_dir with _vectors after its name."
     )
+    features: Path | None = Field(None, description="File that says which autoencoders there are: features.toml.")
+    features_ram: Bytes = Field(
+        ByteSize(8 * 1024**3),
+        description="Most that the weights of autoencoders take in memory; the rest is read anew.",
+    )
     max_tensor_bytes: Bytes = Field(
         ByteSize(1024**3), description="Most that the tensors of requests may have, of all under way together."
     )

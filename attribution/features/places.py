@@ -130,10 +130,10 @@ def place_stream(model: TracedModel, place: Place) -> Stream:
     return stream_of(model, "resid_mid" if place.point == "mlp_normalised" else place.point, [place.layer])
 
 
-def place_rows(
-    model: TracedModel, place: Place, captured: Float[Tensor, "*rows width"] | Float[Tensor, "*rows head d_head"]
-) -> Float[Tensor, "*rows d_in"]:
-    """What an autoencoder at this place reads, given what `place_stream` captured, without its axis of layers."""
+def place_rows(model: TracedModel, place: Place, captured: Float[Tensor, "..."]) -> Float[Tensor, "*rows d_in"]:
+    """What an autoencoder at this place reads, given what `place_stream` captured, without its axis of layers:
+    [*rows, width], or of z [*rows, head, d_head].
+    """
     if place.point == "z":
         return captured.flatten(-2)
     if place.point != "mlp_normalised":

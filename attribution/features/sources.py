@@ -238,21 +238,22 @@ class FeatureStore:
                 elif entry.reason is not None and entry.declared is not None and entry.declared.model == model_id:
                     self._entries[index] = _Entry(entry.declared)
 
-    def remove(self, model_id: str, name: str) -> Source:
-        """Forget a source and let go of its weights; its files stay.
+    def remove(self, model_id: str, name: str) -> None:
+        """Forget a source, whatever became of it, and let go of its weights; its files stay.
 
         Raises:
             SourceNotFound: there is none of this name; says what there is.
         """
         with self._lock:
-            there = [one for one in self.all() if one.model_id == model_id]
-            found = next((one for one in there if one.name == name), None)
-            if found is None:
-                names = ", ".join(repr(one.name) for one in there) or "none"
-                raise SourceNotFound(f"{model_id!r} has no autoencoder {name!r}; it has {names}", param="source")
-            self._entries = [entry for entry in self._entries if entry.source is not found]
-            found.weights.drop(found.folder)
-            return found
+            names = {entry: (entry.status()["model_id"], entry.status()["name"]) for entry in self._entries}
+            found = [entry for entry, key in names.items() if key == (model_id, name)]
+            if not found:
+                there = ", ".join(repr(one) for model, one in names.values() if model == model_id and one) or "none"
+                raise SourceNotFound(f"{model_id!r} has no autoencoder {name!r}; it has {there}", param="source")
+            self._entries = [entry for entry in self._entries if entry not in found]
+            for entry in found:
+                if entry.source is not None:
+                    entry.source.weights.drop(entry.source.folder)
 
 
 def embedded_registry() -> Path:

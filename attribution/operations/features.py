@@ -2,35 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import BeforeValidator
+from typing import TYPE_CHECKING, Any
 
 from attribution import checks
 from attribution.arguments import DatasetId, Index, Positions, SampleId
-from attribution.errors import BadPositions, InvalidArgument
+from attribution.features.asked import Asked, Where, tokens_asked
 from attribution.features.declared import Declaration
+from attribution.features.details import feature_details
 from attribution.features.source import Source
-from attribution.features.topk import Found, Tokens, described, held_by_answer, held_by_sample, strongest
-from attribution.model.traced import TracedModel
+from attribution.features.topk import Found, described, strongest
 from attribution.operation import Steps, operation
-from attribution.positions import parse_window
-from attribution.prompts import Message, check_tokens, only_given, tokens_of
-from attribution.recorded import read_answer
+from attribution.prompts import Message
 
 if TYPE_CHECKING:
     from attribution.session import LocalSession
-
-
-def _listed(value: object) -> object:
-    return list(value) if isinstance(value, range | tuple) else getattr(value, "tolist", lambda: value)()
-
-
-Where = Annotated[
-    str | dict[str, Any] | list[Index] | None,
-    BeforeValidator(_listed, json_schema_input_type=str | dict[str, Any] | list[int] | None),
-]
-"""A window, as of a savepoint, or a list of positions; negative ones count from the end."""
 
 
 @operation(path="features/topk")
@@ -81,19 +66,8 @@ def features_topk(
         checks.in_range("layer", layer, model.dimensions.n_layers, f"the layers of {model.id}")
     sources = session.features.choose(model, source, layer)
     _check_k(k, sources)
-    given = {"text": text, "messages": messages, "token_ids": token_ids, "run_id": run_id, "dataset_id": dataset_id}
-    name = only_given(given)
-    if (sample_id is None) != (dataset_id is None):
-        raise InvalidArgument("a stored sample has a dataset_id and a sample_id; one is missing", param="sample_id")
-    if run_id is not None:
-        asked = [_answer(session, run_id, choice, positions)]
-    elif dataset_id is not None and sample_id is not None:
-        asked = [_sample(session, dataset_id, sample_id, positions)]
-    elif text is not None:
-        special, bos = _beginning(model, sources, prepend_bos, add_special_tokens=add_special_tokens)
-        asked = _texts(model, text, positions, special=special, bos=bos)
-    else:
-        asked = [_given(model, tokens_of(model, given[name] or [], special=False, name=name), positions, name)]
+    given = Asked(text, messages, token_ids, run_id, choice, dataset_id, sample_id, positions)
+    asked = tokens_asked(session, given, sources, prepend_bos, add_special_tokens=add_special_tokens)
     found = yield from strongest(model, sources, asked, k)
     replies = [
         {"model_id": model.id, "layer": layer, "source": None, "k": k}
@@ -104,90 +78,11 @@ def features_topk(
     return {"model_id": model.id, "results": replies} if isinstance(text, list) else replies[0]
 
 
-# --- tokens
-
-
 def _check_k(k: int, sources: Sequence[Source]) -> None:
     fewest = min(sources, key=lambda one: one.n_features)
     if not 1 <= k <= fewest.n_features:
         allowed = f"1 to {fewest.n_features} is expected, as many as {fewest.name!r} has features"
         raise checks.out_of_range("k", k, allowed)
-
-
-def _beginning(
-    model: TracedModel, sources: Sequence[Source], prepend_bos: bool | None, *, add_special_tokens: bool
-) -> tuple[bool, int | None]:
-    """Whether texts get the tokenizer's own special tokens, and the token that they are to begin with, if any."""
-    wanted = {one.prepend_bos for one in sources} - {None} if prepend_bos is None else {prepend_bos}
-    if len(wanted) > 1:
-        apart = ", ".join(f"{one.name!r} {one.prepend_bos}" for one in sources if one.prepend_bos is not None)
-        raise InvalidArgument(
-            f"the autoencoders were trained with different prepend_bos ({apart}): name one with source, or say "
-            "prepend_bos yourself",
-            param="prepend_bos",
-        )
-    begins = next(iter(wanted), None)
-    bos: Any = model.tokenizer.bos_token_id if begins else None
-    return add_special_tokens and begins is not False, bos
-
-
-def _texts(
-    model: TracedModel, text: str | list[str], positions: Any, *, special: bool, bos: int | None
-) -> list[Tokens]:
-    if text == []:
-        raise InvalidArgument("text is an empty list; give at least one text", param="text")
-    asked = []
-    for number, one in enumerate([text] if isinstance(text, str) else text):
-        name = "text" if isinstance(text, str) else f"text.{number}"
-        ids = tokens_of(model, one, special=special, name=name)
-        if not one:
-            raise InvalidArgument(f"{name} has no token; give a text", param=name)
-        ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-        asked.append(_given(model, ids, positions, name))
-    return asked
-
-
-def _given(model: TracedModel, ids: list[int], positions: Any, name: str) -> Tokens:
-    check_tokens(model, ids, name)
-    return Tokens(ids, _positions(positions, len(ids), len(ids), name))
-
-
-def _answer(session: "LocalSession", run_id: str, choice: int, positions: Any) -> Tokens:
-    model = session.model
-    answer = read_answer(model, session.runs_dir, run_id, choice)
-    fed = answer.token_ids[: answer.fed]
-    check_tokens(model, fed, "run_id")
-    at = _positions(positions, answer.prompt, len(fed), f"the run {run_id!r}")
-    return Tokens(fed, at, held_by_answer(model, answer), answer.intervened)
-
-
-def _sample(session: "LocalSession", dataset_id: str, sample_id: int | str, positions: Any) -> Tokens:
-    sample = session.sample(dataset_id, sample_id)
-    ids = sample.token_ids
-    at = _positions(positions, len(ids), len(ids), f"sample {sample_id!r}")
-    return Tokens(ids, at, held_by_sample(session.model, sample))
-
-
-def _positions(given: Any, prompt: int, count: int, name: str) -> list[int]:
-    """The positions that a window or a list names among those of a sequence of `count` tokens."""
-    if isinstance(given, list):
-        for position in given:
-            if not -count <= position < count:
-                allowed = f"{name} has the positions 0 to {count - 1}, and -1 to -{count} from its end"
-                raise checks.out_of_range("positions", position, allowed)
-        return checks.positions("positions", [position % count for position in given], count)
-    window = parse_window(given)
-    if window.stop is not None and window.stop > count:
-        raise BadPositions(f"positions.stop is {window.stop}, and {name} has {count} tokens", param="positions")
-    found = list(window.span(prompt, count))
-    if not found:
-        raise BadPositions(
-            f"positions select no token of {name}, which has {count}, {prompt} of them the prompt", param="positions"
-        )
-    return found
-
-
-# --- the reply
 
 
 def _said(found: Sequence[Found]) -> dict[str, Any]:
@@ -274,3 +169,27 @@ def unload_features(session: "LocalSession", source: str) -> dict[str, Any]:
     session.features.of(session.model)
     session.features.remove(session.model.id, source)
     return {"unloaded": True, "source": source}
+
+
+@operation(path="features/describe")
+def describe_feature(session: "LocalSession", source: str, index: Index, top_k: Index = 10) -> dict[str, Any]:
+    """One feature: what it is said to be about, what it writes, and which others write alike.
+
+    Args:
+        source: the name of the autoencoder.
+        top_k: how many tokens and neighbours are listed.
+
+    Returns:
+        index, source, model_id, layer, reads, writes; description (the first, or None) and descriptions: text,
+        explainer and method of each; decoder_norm, encoder_norm, bias (of the pre-activation) and threshold (None where there is
+        none);
+        promoted and suppressed: the tokens (token, token_id, logit) whose logits one unit of the feature moves most, up
+        and down, by its direct path alone: through the final norm's weight at a scale of 1 and the output head, the
+        mean over the vocabulary taken off; None where what it writes is not added to the stream;
+        neighbours: the features (index, cosine, description) whose decoder directions have the largest cosine with its.
+    """
+    found = session.features.source(session.model, source)
+    found.check_index(index)
+    if top_k < 1:
+        raise checks.out_of_range("top_k", top_k, "at least 1 is expected")
+    return feature_details(session.model, found, index, top_k)

@@ -177,3 +177,91 @@ def test_what_cannot_be_answered_is_refused(
     with pytest.raises(error) as raised:
         session.features_topk(**({"text": TEXTS[0], "layer": 1} | wrong))
     assert raised.value.param == param
+
+
+def test_a_stored_sample_gives_what_it_holds_and_the_rest_is_computed(
+    session: LocalSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    session.load_features(str(save_random(tmp_path / "head", "z[1]", d_in=60, d_dec=60)), "head")
+    session.load_features(str(save_random(tmp_path / "mlp", "mlp_out[2]")), "mlp")
+    session.load_features(str(save_random(tmp_path / "last", "resid_post[2]")), "last")
+    session.load_features(str(save_random(tmp_path / "mid", "resid_mid[1]")), "mid")
+    ids = [5, 80, 12, 7, 9, 100]
+    session.forward("set", 0, token_ids=ids)
+    computed = {name: session.features_topk(token_ids=ids, source=name, k=3)["tokens"] for name in STORED}
+    mid = session.features_topk(dataset_id="set", sample_id=0, source="mid")
+    assert mid["activations"] == "computed"
+    every = session.features_topk(dataset_id="set", sample_id=0)
+    assert (every["activations"], every["source"]) == ("mixed", None)
+    monkeypatch.delattr("attribution.features.topk.forward")  # nothing is run again
+    for name in STORED:
+        found = session.features_topk(dataset_id="set", sample_id=0, source=name, k=3)
+        assert found["activations"] == "recorded"
+        assert close(listed(found["tokens"]), listed(computed[name]))
+    part = session.features_topk(dataset_id="set", sample_id=0, source="head", k=3, positions=[-1, 2])["tokens"]
+    assert close(listed(part), [listed(computed["head"])[position] for position in (5, 2)])
+
+
+STORED = ("zero", "one", "head", "mlp", "last")
+
+
+@pytest.mark.parametrize(
+    ("trained", "adds", "given", "begins"),
+    [
+        (True, False, {}, True),
+        (True, True, {}, True),
+        (False, True, {}, False),
+        (None, True, {}, True),
+        (None, True, {"add_special_tokens": False}, False),
+        (None, False, {"prepend_bos": True}, True),
+        (True, True, {"prepend_bos": False}, False),
+    ],
+)
+def test_a_text_begins_as_the_texts_did_that_the_autoencoder_was_trained_on(
+    tmp_path: Path, trained: bool | None, adds: bool, given: dict[str, bool], begins: bool
+):
+    from attribution.model.load import trace_model
+
+    tokenizer = tiny_tokenizer(add_bos=adds)
+    tokenizer.bos_token = "<|endoftext|>"
+    session = LocalSession(trace_model("tiny", tiny_model("llama"), tokenizer), store=tmp_path / "store")
+    session.load_features(str(save_random(tmp_path / "one", prepend_bos=trained)))
+    reply = session.features_topk("the rest", k=1, **given)
+    texts = [token["token"] for token in reply["tokens"]]
+    assert "".join(texts) == "<|endoftext|>" * begins + "the rest"
+    assert reply["tokens"][0]["is_special"] == begins
+    assert reply["sources"][0]["prepend_bos"] is trained
+    assert len(session.features_topk(token_ids=[5], **given)["tokens"]) == 1  # token ids are taken as they are
+
+
+def test_a_tokenizer_without_that_token_leaves_a_text_as_it_is(tmp_path: Path):
+    session = session_of(tmp_path)
+    session.load_features(str(save_random(tmp_path / "one", prepend_bos=True)))
+    reply = session.features_topk("the rest", k=1)
+    assert "".join(token["token"] for token in reply["tokens"]) == "the rest"
+    assert reply["sources"][0]["prepend_bos"] is True
+
+
+def test_autoencoders_that_were_trained_differently_are_asked_one_by_one(tmp_path: Path):
+    session = session_of(tmp_path)
+    session.load_features(str(save_random(tmp_path / "with", prepend_bos=True)), "with")
+    session.load_features(str(save_random(tmp_path / "without", prepend_bos=False)), "without")
+    with pytest.raises(InvalidArgument, match="'with' True, 'without' False") as raised:
+        session.features_topk("the rest")
+    assert raised.value.param == "prepend_bos"
+    for chosen in ({"source": "with"}, {"prepend_bos": False}):
+        assert session.features_topk("the rest", **chosen)["tokens"]
+    assert session.features_topk(token_ids=[1, 2])["tokens"]
+
+
+def test_activations_that_are_not_finite_are_an_error(tmp_path: Path):
+    from attribution.errors import NotFinite
+    from attribution.model.load import trace_model
+
+    broken = tiny_model("llama")
+    session = LocalSession(trace_model("broken", broken, tiny_tokenizer()), store=tmp_path / "store")
+    session.load_features(str(save_random(tmp_path / "one")))
+    with torch.no_grad():
+        broken.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(NotFinite, match=r"resid_post\[1\]"):
+        session.features_topk("the rest")

@@ -108,47 +108,55 @@ class Autoencoder:
 
     def pre_activations(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows feature"]:
         """What the activation function sees; of a gated autoencoder, what its relu sees."""
-        return self._pre(self._read(x)[0])
+        projected = self._projected(x)
+        if self.gate is not None:
+            return projected.mul_(self.gate.r_mag.exp()).add_(self.gate.b_mag)
+        return projected.mul_(self.decoder_norm) if self.rescaled else projected
 
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows feature"]:
         """The activations of the features, at least 0."""
-        read = self._read(x)[0]
-        pre = self._pre(read)
-        if self.activation == "jumprelu":
-            assert self.threshold is not None
-            return torch.relu(pre) * (pre > self.threshold)
-        if self.activation == "gated":
-            assert self.gate is not None
-            return torch.relu(pre) * (read @ self.W_enc + self.gate.b_gate > 0)
-        if self.activation == "topk":
-            assert self.k is not None
-            values, indices = pre.topk(min(self.k, self.n_features), dim=-1, sorted=False)
-            return torch.zeros_like(pre).scatter_(-1, indices, torch.relu(values))
-        return torch.relu(pre)
+        candidates = self._candidates(x)
+        if self.activation != "topk":
+            return candidates.relu_()
+        values, indices = candidates.topk(self._kept, dim=-1, sorted=False)
+        return torch.zeros_like(candidates).scatter_(-1, indices, values.relu_())
 
+    @torch.no_grad()
     def topk(self, x: Float[Tensor, "row d_in"], k: int) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
         """The k strongest features of each row, strongest first, and their indices; 0 where fewer are active.
 
         Computed for a bounded number of rows at once.
         """
         rows = max(1, _ENCODED_AT_ONCE // self.n_features)
-        parts = [self._topk(part, k) for part in x.split(rows)]
-        return torch.cat([values for values, _ in parts]), torch.cat([indices for _, indices in parts])
+        parts = [self._candidates(part).topk(k, dim=-1) for part in x.split(rows)]
+        values = torch.cat([values for values, _ in parts]).relu_()
+        if self.activation == "topk":
+            values[:, self._kept :] = 0
+        return values, torch.cat([indices for _, indices in parts])
 
-    def _topk(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        if self.activation == "topk" and self.k is not None and k <= self.k:
-            values, indices = self.pre_activations(x).topk(k, dim=-1)
-            return torch.relu(values), indices
-        values, indices = self.encode(x).topk(k, dim=-1)
-        return values, indices
+    @property
+    def _kept(self) -> int:
+        assert self.k is not None
+        return min(self.k, self.n_features)
 
-    def _pre(self, read: Tensor) -> Tensor:
+    def _candidates(self, x: Tensor) -> Tensor:
+        """What becomes the activations by relu, and for "topk" by keeping the largest: 0 where there is none."""
         if self.gate is not None:
-            return read @ (self.W_enc * self.gate.r_mag.exp()) + self.gate.b_mag
-        pre = read @ self.W_enc
-        if self.b_enc is not None:
-            pre = pre + self.b_enc
-        return pre * self.decoder_norm if self.rescaled else pre
+            projected = self._projected(x)
+            closed = projected <= -self.gate.b_gate
+            # a new matrix for each call, as would W_enc · e^r be, costs as much as a second product
+            return projected.mul_(self.gate.r_mag.exp()).add_(self.gate.b_mag).masked_fill_(closed, 0)
+        pre = self.pre_activations(x)
+        if self.threshold is not None:
+            return pre.masked_fill_(pre <= self.threshold, 0)
+        return pre
+
+    def _projected(self, x: Tensor) -> Tensor:
+        """x W_enc + b_enc in memory that is the caller's to write on; of a gated autoencoder without a bias."""
+        read = self._read(x)[0]
+        if self.b_enc is None:
+            return read @ self.W_enc
+        return torch.addmm(self.b_enc, read.reshape(-1, self.d_in), self.W_enc).view(*read.shape[:-1], self.n_features)
 
     def _read(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the encoder reads, with the scale and the shift that the normalisation took away."""

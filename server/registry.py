@@ -182,12 +182,14 @@ class ModelRegistry:
             yield self._with_session(model, worker, spec)
         finally:
             # to its end, also when the request is cancelled meanwhile
-            await asyncio.shield(asyncio.create_task(self._let_go(worker)))
+            await asyncio.shield(asyncio.create_task(self._let_go(worker, spec.model_id)))
 
-    async def _let_go(self, worker: ModelWorker | None) -> None:
+    async def _let_go(self, worker: ModelWorker | None, name: str) -> None:
         try:
             if worker is not None:
                 await asyncio.to_thread(worker.stop)
+                if name not in self._loaded:
+                    self.features.drop(name)
         finally:
             self._guests.release()
 

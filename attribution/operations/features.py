@@ -181,8 +181,8 @@ def describe_feature(session: "LocalSession", source: str, index: Index, top_k: 
 
     Returns:
         index, source, model_id, layer, reads, writes; description (the first, or None) and descriptions: text,
-        explainer and method of each; decoder_norm, encoder_norm, bias (of the pre-activation) and threshold (None where there is
-        none);
+        explainer and method of each; decoder_norm, encoder_norm, bias (of the pre-activation) and threshold (None where
+        there is none);
         promoted and suppressed: the tokens (token, token_id, logit) whose logits one unit of the feature moves most, up
         and down, by its direct path alone: through the final norm's weight at a scale of 1 and the output head, the
         mean over the vocabulary taken off; None where what it writes is not added to the stream;

@@ -14,8 +14,9 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from attribution.errors import InvalidArgument
 
@@ -120,7 +121,7 @@ class _Reader:
         try:
             with open(path, "rb") as file:
                 zipped = file.read(2) == _GZIP
-            with cast(BinaryIO, gzip.open(path) if zipped else open(path, "rb")) as file:
+            with gzip.GzipFile(path) if zipped else open(path, "rb") as file:
                 for number, line in _lines(file):
                     self._take(f"{path.name}, line {number}", line)
         except (OSError, EOFError, zlib.error) as error:
@@ -170,7 +171,7 @@ class _Reader:
         return Descriptions(rows, tuple(self._problems), self._count)
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+def _lines(file: BufferedIOBase) -> Iterator[tuple[int, bytes | None]]:
     """The lines of a file with their numbers; None is one that is too long to be kept in memory."""
     number = 0
     while line := file.readline(_LONGEST_LINE):

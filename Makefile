@@ -23,7 +23,7 @@ demo: install ## the main job end to end on the embedded model
 test: install ## the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(EXTRAS) ## all tests, those of quantised models included; the first time it installs what these need
+test-all: $(EXTRAS) ## all tests, those of quantised models and of sae-lens included; the first time it installs what these need
 	$(BIN)/python -m pytest
 
 check: install ## ruff and pyright
@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(EXTRAS): $(STAMP)
-	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[dev,gptq,bnb]'
+	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[dev,gptq,bnb,sae]'
 	@touch $@
 
 $(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/constraints.txt | $(BENCH)/bin/python

@@ -19,7 +19,7 @@ from attribution.features.places import Place, parse_place, place_stream
 from attribution.features.reading import read_sizes
 from attribution.features.source import Source
 from attribution.features.weights import KeptWeights
-from attribution.model.hub import ALIASES, DEMO, resolve_alias
+from attribution.model.hub import resolve_alias
 from attribution.model.traced import TracedModel
 
 _CACHED = re.compile(r"models--(.+?)/snapshots/")
@@ -152,7 +152,7 @@ def check_model(model: TracedModel, said: str | None, model_name: str | None = N
     if said is None:
         return
     names = _names_of(model)
-    own = resolve_alias(said) if said in ALIASES else said
+    own = resolve_alias(said)
     bare = own.rsplit("/", 1)[-1].lower()
     if not any(own.lower() == name.lower() or _bare_matches(own, bare, name) for name in names):
         raise SourceMismatch(
@@ -163,11 +163,10 @@ def check_model(model: TracedModel, said: str | None, model_name: str | None = N
 
 
 def _names_of(model: TracedModel) -> set[str]:
-    """The names of a model: its id, the hub id or the folder it came from, and aliases of these."""
-    names = {model.id, model.source}
-    names |= {found[1].replace("--", "/") for name in (model.id, model.source) if (found := _CACHED.search(f"{name}/"))}
-    names |= {alias for alias, hub_id in ALIASES.items() if hub_id in names}
-    return names | ({DEMO} if resolve_alias(DEMO) in names else set())
+    """The names of a model: its id, and the hub id or the folder it came from. Aliases stand for their hub ids."""
+    names = {resolve_alias(model.id), model.source}
+    names |= {found[1].replace("--", "/") for name in names if (found := _CACHED.search(f"{name}/"))}
+    return names
 
 
 def _bare_matches(own: str, bare: str, name: str) -> bool:

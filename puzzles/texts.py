@@ -1,7 +1,8 @@
 """Conversations to collect activations from: the corpus that the embedded model was trained on, drawn anew.
 
-Rows of what the model itself has to say are kept; of the rest, inputs and questions, which are most of a prompt, only a
-part is, so that what is learnt from the rows is about answers as much as about prompts.
+Rows of what the model itself has to say are kept; of the cells of inputs, which are most of a prompt, and of the words
+and signs around them, which are the same in every prompt, only a part is: what is learnt from the rows is then about
+answers as much as about prompts.
 """
 
 from collections.abc import Iterator
@@ -10,20 +11,22 @@ from dataclasses import replace
 import numpy as np
 
 from puzzles.corpus import STAGES, Encode, chat_batch, puzzle_batch
+from puzzles.relations import COLOURS
 
 TEXT_STREAM = 2
 """First word of every seed here: neither the model's training nor ``gen_puzzle`` draws from it."""
 
 CHAT_EVERY = 20
 NAMED = 0.08
-KEPT = 0.4
-"""The share of small talk among the batches is 1 / CHAT_EVERY, of puzzles whose rule is named NAMED, and of tokens that
-the model was not trained to predict, and that stand before none that it was, KEPT."""
+KEPT_CELLS, KEPT_WORDS = 0.5, 0.15
+"""Of the batches 1 in CHAT_EVERY is small talk, and of the puzzles the share NAMED names its rule. Tokens that the
+model was trained to predict, or that stand before such a one, are kept; of others a part, by whether they are cells."""
 
 
 def draw_texts(encode: Encode, seed: int = 0) -> Iterator[tuple[list[int], list[bool]]]:
     """Without end: the token ids of a conversation, and of each token whether its row is kept."""
     stage = replace(STAGES[-1], named=NAMED)
+    cells = [encode(f" {colour}")[0] for colour in COLOURS]
     number = 0
     while True:
         draw = np.random.default_rng([TEXT_STREAM, seed, number])
@@ -32,6 +35,7 @@ def draw_texts(encode: Encode, seed: int = 0) -> Iterator[tuple[list[int], list[
         lengths = (batch.ids != 0).sum(axis=1)
         for ids, weights, length in zip(batch.ids, batch.weights, lengths, strict=True):
             said = weights[:length] > 0
-            keep = said | np.append(said[1:], False) | (draw.random(length) < KEPT)
+            share = np.where(np.isin(ids[:length], cells), KEPT_CELLS, KEPT_WORDS)
+            keep = said | np.append(said[1:], False) | (draw.random(length) < share)
             yield ids[:length].tolist(), keep.tolist()
         number += 1

@@ -17,6 +17,7 @@ from attribution.model.traced import TracedModel
 from attribution.operation import Operation
 from attribution.operations import (
     ablations,
+    circuits,
     compare,
     features,
     getters,
@@ -211,6 +212,7 @@ class LocalSession:
     list_features = features.list_features
     unload_features = features.unload_features
     describe_feature = features.describe_feature
+    trace_circuit = circuits.trace_circuit
     measure_text = compare.measure_text
     compare = compare.compare
     forward_results = forward_results

@@ -10,6 +10,7 @@ from attribution.envelope import Packed
 from attribution.operation import Operation
 from attribution.operations import (
     ablations,
+    circuits,
     compare,
     features,
     getters,
@@ -167,5 +168,6 @@ class AsyncModelClient:
     list_features = awaited(features.list_features)
     unload_features = awaited(features.unload_features)
     describe_feature = awaited(features.describe_feature)
+    trace_circuit = awaited(circuits.trace_circuit)
     measure_text = awaited(compare.measure_text)
     compare = awaited(compare.compare)

@@ -13,6 +13,7 @@ import httpx
 from attribution.operation import Operation
 from attribution.operations import (
     ablations,
+    circuits,
     compare,
     features,
     getters,
@@ -169,6 +170,7 @@ class ModelClient:
     list_features = features.list_features
     unload_features = features.unload_features
     describe_feature = features.describe_feature
+    trace_circuit = circuits.trace_circuit
     measure_text = compare.measure_text
     compare = compare.compare
     forward_results = forward_results

@@ -3,6 +3,7 @@
 from attribution.operation import Operation
 from attribution.operations import (
     ablations,
+    circuits,
     compare,
     features,
     getters,
@@ -31,6 +32,7 @@ OPERATIONS: dict[str, Operation] = {
         together,
         features,
         compare,
+        circuits,
     )
     for value in vars(module).values()
     if isinstance(value, Operation)

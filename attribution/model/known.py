@@ -26,13 +26,26 @@ def check_known(names: list[str]) -> None:
 def _unknown(name: str) -> str | None:
     try:
         _config_file(name)
+        return None
     except (OSError, ValueError) as error:  # ValueError: a name that no repository can have
         return " ".join(str(error).split())[:300]
-    return None
 
 
 def _config_file(name: str) -> Path:
-    return Path(str(cached_file(resolve_alias(name), "config.json")))
+    """The config of a folder, of the cache, or fetched from the hub.
+
+    Raises:
+        OSError, ValueError: there is none.
+    """
+    source = Path(resolve_alias(name))
+    if source.is_dir():
+        if not (file := source / "config.json").is_file():
+            raise FileNotFoundError(f"the folder {str(source)!r} has no config.json")
+        return file
+    found = cached_file(str(source), "config.json")
+    if found is None:
+        raise FileNotFoundError("it has no config.json")
+    return Path(found)
 
 
 def check_fits(spec: LoadSpec) -> None:

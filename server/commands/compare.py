@@ -13,7 +13,10 @@ _TEXT = 48  # characters of a sentence that are shown
 _BEST = "*"
 _TERM = ("n_tokens", "logprob", "mean_rank")
 
-Models = Annotated[list[str], typer.Argument(help="Each 'demo', a hub id, an alias or a folder.", show_default=False)]
+Models = Annotated[
+    list[str],
+    typer.Argument(metavar="MODEL...", help="Each 'demo', a hub id, an alias or a folder.", show_default=False),
+]
 Texts = Annotated[
     list[str] | None, typer.Option("--text", help="A sentence; may be repeated.", metavar="TEXT", show_default=False)
 ]

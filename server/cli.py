@@ -23,6 +23,7 @@ from server.commands.knockout import knockout
 from server.commands.lens import lens
 from server.commands.models import models
 from server.commands.runs import runs
+from server.commands.sae import sae
 from server.commands.serve import serve
 
 
@@ -55,6 +56,7 @@ app = typer.Typer(
 )
 for command in (serve, models, runs, inspect, attribute, knockout, lens, compare):
     app.command()(command)
+app.add_typer(sae, name="sae")
 
 
 def _say_version(wanted: bool) -> bool:

@@ -8,6 +8,7 @@ from attribution.compare.plan import Plan
 from attribution.compare.together import combined
 from attribution.errors import SightlineError
 from attribution.model.hub import canonical
+from attribution.operations.compare import free_memory
 from server.pieces import Outcome, Pieces, pieces
 from server.registry import ModelRegistry
 
@@ -30,6 +31,7 @@ async def compared(registry: ModelRegistry, plan: Plan, *, trust_remote_code: bo
                         yield plan.progress(number, step)
         except SightlineError as error:
             found[name] = type(error)(error.message, param=error.param)  # without the frames that hold the model
+        free_memory()
     yield Outcome(await asyncio.to_thread(combined, plan.given, found))
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,20 @@ def test_a_model_that_fails_is_told_in_its_row(served: Served, folders: list[str
     answer = served.post({"models": [str(broken)], "sentences": TEXTS}, "/compare")
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "model_load_failed")
     assert names(served) == folders[:1]
+
+
+def test_nothing_of_a_guest_stays_in_memory(served: Served, folders: list[str], monkeypatch: pytest.MonkeyPatch):
+    plain, made = registry_module.load, []
+
+    def noted(spec: Any) -> Any:
+        model = plain(spec)
+        made.append(weakref.ref(model.module))
+        return model
+
+    monkeypatch.setattr(registry_module, "load", noted)
+    served.post({"models": folders[1:], "sentences": TEXTS}, "/compare").raise_for_status()
+    served.post({"models": folders[1:], "sentences": ["a b c " * 300]}, "/compare")
+    assert [ref() for ref in made] == [None, None]
 
 
 def test_an_unknown_model_fails_all_before_anything_is_loaded(

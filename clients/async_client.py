@@ -168,6 +168,7 @@ class AsyncModelClient:
     list_features = awaited(features.list_features)
     unload_features = awaited(features.unload_features)
     describe_feature = awaited(features.describe_feature)
+    search_features = awaited(features.search_features)
     trace_circuit = awaited(circuits.trace_circuit)
     measure_text = awaited(compare.measure_text)
     compare = awaited(compare.compare)

@@ -170,6 +170,7 @@ class ModelClient:
     list_features = features.list_features
     unload_features = features.unload_features
     describe_feature = features.describe_feature
+    search_features = features.search_features
     trace_circuit = circuits.trace_circuit
     measure_text = compare.measure_text
     compare = compare.compare

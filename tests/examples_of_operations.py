@@ -354,6 +354,10 @@ EXAMPLES: dict[str, Example] = {
             {"slug": "a b"},
         ),
     ),
+    "search_features": Example(
+        {"query": "THREE", "limit": 2},
+        ({"query": " "}, {"limit": 0}, {"source": "absent"}, {"layer": 0}),
+    ),
     "unload_features": Example({"source": "gone"}, ({"source": "absent"},)),
     "measure_text": Example(
         {"sentences": ["the rest is in a while", "ä 漢"], "domain_terms": ["rest", "t", "漢", "absent"]},

@@ -12,7 +12,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BufferedIOBase
 from pathlib import Path
@@ -61,6 +61,17 @@ class Descriptions:
     def all_of(self, index: int) -> list[Description]:
         """All descriptions of a feature."""
         return list(self.rows.get(index, ()))
+
+    def search(self, words: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """The features, in order, that have a description with all these words, with the first such description.
+
+        Args:
+            words: case-folded; a part of a word is one too.
+        """
+        for index in sorted(self.rows):
+            texts = (one.text for one in self.rows[index])
+            if text := next((text for text in texts if all(word in text.casefold() for word in words)), None):
+                yield index, text
 
     def __len__(self) -> int:
         """How many features have a description."""

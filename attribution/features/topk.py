@@ -25,7 +25,7 @@ from attribution.prompts import token_text
 from attribution.recorded import RecordedAnswer, recorded_rows
 from attribution.stored import StoredSample
 
-MOST_FEATURES = 2_000_000
+MOST_FEATURES = 1_000_000
 """The most features that one reply lists."""
 
 Held = Callable[[Place, list[int]], Tensor | None]

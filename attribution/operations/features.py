@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from attribution import checks
 from attribution.arguments import DatasetId, Index, Positions, SampleId
+from attribution.errors import InvalidArgument
 from attribution.features.asked import Asked, Where, tokens_asked
 from attribution.features.declared import Declaration
 from attribution.features.details import feature_details
@@ -139,15 +140,19 @@ def load_features(
     """
     declared = Declaration(
         model=session.model.id,
-        folder=Path(folder),
+        folder=_absolute(folder),
         name=name,
         point=point,
         writes=writes,
-        descriptions=None if descriptions is None else Path(descriptions),
+        descriptions=None if descriptions is None else _absolute(descriptions),
         source_id=source_id,
         model_name=model_name,
     )
     return session.features.load(session.model, declared, overwrite=overwrite).describe()
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().absolute()
 
 
 @operation(path="features/list")
@@ -193,3 +198,36 @@ def describe_feature(session: "LocalSession", source: str, index: Index, top_k: 
     if top_k < 1:
         raise checks.out_of_range("top_k", top_k, "at least 1 is expected")
     return feature_details(session.model, found, index, top_k)
+
+
+@operation(path="features/search")
+def search_features(
+    session: "LocalSession",
+    query: str,
+    *,
+    layer: Index | None = None,
+    source: str | None = None,
+    limit: Index = 50,
+) -> dict[str, Any]:
+    """The features whose descriptions have all these words, or parts of words, in upper or lower case.
+
+    Args:
+        layer, source: of the autoencoders; None is all.
+        limit: how many are listed; all are counted.
+
+    Returns:
+        features: index, description (the one that fits), layer and source, by layer, source and index; count (of all
+        that fit), and n_described: how many features were searched.
+    """
+    if not (words := query.casefold().split()):
+        raise InvalidArgument("query has no word; give at least one", param="query")
+    if limit < 1:
+        raise checks.out_of_range("limit", limit, "at least 1 is expected")
+    sources = session.features.choose(session.model, source, layer)
+    found = [
+        {"index": index, "description": text, "layer": one.layer, "source": one.name}
+        for one in sources
+        for index, text in one.descriptions.search(words)
+    ]
+    described = sum(len(one.descriptions) for one in sources)
+    return {"features": found[:limit], "count": len(found), "n_described": described}

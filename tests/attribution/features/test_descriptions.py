@@ -134,3 +134,12 @@ def test_what_has_nothing_to_read_is_refused(tmp_path: Path):
 
 def test_without_descriptions_no_feature_has_one():
     assert (Descriptions().of(0), Descriptions().all_of(0), len(Descriptions())) == (None, [], 0)
+
+
+def test_features_are_found_by_words_of_any_of_their_descriptions(tmp_path: Path):
+    lines = [row(9, "A Blue cell"), row(2, "after a red cell"), row(9, "the reddest CELL"), row(4, "nothing")]
+    (tmp_path / "said.jsonl").write_text("\n".join(lines))
+    found = read_descriptions(tmp_path / "said.jsonl")
+    assert list(found.search(["cell"])) == [(2, "after a red cell"), (9, "A Blue cell")]
+    assert list(found.search(["cell", "red"])) == [(2, "after a red cell"), (9, "the reddest CELL")]
+    assert list(found.search(["blue", "red"])) == []

@@ -21,24 +21,8 @@ from torch import Tensor
 
 from attribution.model.block import family_of
 from attribution.model.linearised import Reader
+from attribution.model.live import Addition, added
 from attribution.model.traced import TracedModel
-
-
-@dataclass(frozen=True)
-class Addition:
-    """Something that is added in one row.
-
-    Attributes:
-        row: from 1.
-        depth: 0 for the embedding, ℓ + 1 for what the MLP of layer ℓ adds.
-        position: None is all of them.
-        value: [d_model], or [pos, d_model] at all positions.
-    """
-
-    row: int
-    depth: int
-    position: int | None
-    value: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,7 +49,7 @@ def run_held(
     with torch.no_grad():
         with model.envoy.trace(input_ids=ids, use_cache=False, logits_to_keep=1):
             layers = model.envoy.get(family.layers)
-            layers[0].input = _added(layers[0].input, additions, 0)
+            layers[0].input = added(layers[0].input, additions, 0)
             for number in range(model.dimensions.n_layers):
                 layer = layers[number]
                 _hold_attention(model, layer)
@@ -74,14 +58,6 @@ def run_held(
             norm = model.envoy.get(family.final_norm)
             final = nnsight.save(_held_norm(norm._module, norm.input, norm.output))
     return Held(tuple(reads), final)
-
-
-def _added(value: Tensor, additions: Sequence[Addition], depth: int) -> Tensor:
-    value = value.clone()
-    for one in additions:
-        if one.depth == depth:
-            value[one.row, slice(None) if one.position is None else one.position] += one.value.to(value)
-    return value
 
 
 def _hold_attention(model: TracedModel, layer: Any) -> None:
@@ -113,7 +89,7 @@ def _held_mlp(
     out = module.output[:1].expand_as(module.output)
     if reader is not None and reader.passes is not None and read is not None:
         out = out + (reader.passes(read, read[:1]) - reader.passes(read[:1], read[:1])).to(out)
-    module.output = _added(out, additions, depth)
+    module.output = added(out, additions, depth)
     return read
 
 

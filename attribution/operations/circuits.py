@@ -7,8 +7,7 @@ from typing_extensions import TypedDict
 
 from attribution import checks as check_argument
 from attribution.arguments import DatasetId, Index, Positions
-from attribution.errors import InvalidArgument
-from attribution.features.circuits.graph import Asked, Limits, trace_through_transcoders
+from attribution.features.circuits.graph import Asked, Limits, trace_through_stream, trace_through_transcoders
 from attribution.features.circuits.sources import choose_sources, stands_for_mlp
 from attribution.features.source import Source
 from attribution.model.traced import TracedModel
@@ -78,7 +77,7 @@ def trace_circuit(
         metadata, qParams, nodes and links, as viewers of such graphs read them, and model_id, method ("transcoders", or
         "gradient_x_activation" with an autoencoder of the stream), scores (replacement and completeness, before
         pruning; missed: the share of what reaches the nodes that features have which were not traced), counts,
-        layers_without_transcoder, self_check and notes.
+        layers_without_transcoder, self_check, live_check (features really taken out) and notes.
     """
     model = session.model
     limits = Limits(max_logits, logit_probability, *_thresholds(thresholds or {}), max_feature_nodes, max_bytes)
@@ -90,7 +89,7 @@ def trace_circuit(
     ids = _begun(model, ids, chosen) if prompt is not None and add_special_tokens else ids
     asked = Asked(ids[: _position(position, len(ids)) + 1], targets, limits, ignore_first, checks, slug)
     if not stands_for_mlp(chosen[0]):
-        raise InvalidArgument("soon", param="sources")
+        return trace_through_stream(model, chosen[0], asked)
     return (yield from trace_through_transcoders(model, chosen, asked))
 
 

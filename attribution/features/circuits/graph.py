@@ -10,10 +10,12 @@ from attribution import checks
 from attribution.errors import NotFinite
 from attribution.features.circuits.check import check
 from attribution.features.circuits.influence import Pruned, prune, scores
+from attribution.features.circuits.live_check import live_check
 from attribution.features.circuits.nodes import links, nodes
-from attribution.features.circuits.replacement import Replacement, replace_mlps
+from attribution.features.circuits.replacement import replace_mlps
 from attribution.features.circuits.sources import read_transcoders
-from attribution.features.circuits.targets import MOST_TARGETS, choose_logits
+from attribution.features.circuits.stream import check_stream, explained, trace_stream
+from attribution.features.circuits.targets import MOST_TARGETS, Choose, choose_logits
 from attribution.features.circuits.trace import Circuit, Room, trace
 from attribution.features.circuits.written import viewers_part
 from attribution.features.source import Source
@@ -57,6 +59,10 @@ class Limits:
         if self.max_bytes < LEAST_BYTES:
             raise checks.out_of_range("max_bytes", self.max_bytes, f"at least {LEAST_BYTES} are expected")
 
+    def most_encoded(self, model: TracedModel) -> int:
+        """How many activations may be computed at once: a sixth of the ceiling, with two copies."""
+        return max(1, self.max_bytes // 6 // (3 * model.work_dtype.itemsize))
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -68,6 +74,11 @@ class Asked:
     ignore_first: bool
     checks: int
     slug: str | None
+
+    def choose(self, model: TracedModel) -> Choose:
+        """Chooses the logits that are explained."""
+        limits = self.limits
+        return lambda logits: choose_logits(model, logits, self.targets, limits.max_logits, limits.logit_probability)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -90,47 +101,80 @@ def trace_through_transcoders(model: TracedModel, sources: Sequence[Source], ask
         NotFinite: the model computed NaN or infinity.
     """
     limits = asked.limits
+    transcoders = read_transcoders(model, sources)
     replacement = replace_mlps(
-        model,
-        asked.token_ids,
-        read_transcoders(model, sources),
-        skip_first=asked.ignore_first,
-        most_encoded=max(1, limits.max_bytes // 6 // (3 * model.work_dtype.itemsize)),
+        model, asked.token_ids, transcoders, skip_first=asked.ignore_first, most_encoded=limits.most_encoded(model)
     )
-    logits = choose_logits(model, replacement.linear.logits, asked.targets, limits.max_logits, limits.logit_probability)
+    logits = asked.choose(model)(replacement.linear.logits)
     circuit, room = yield from trace(replacement, logits, limits.max_feature_nodes, limits.max_bytes)
+    pruned = _pruned(circuit, limits)
+    found = scores(circuit.effects)
+    return {
+        **_graph(sources, asked, circuit, pruned, "transcoders"),
+        "scores": {"replacement": found.replacement, "completeness": found.completeness, "missed": circuit.missed},
+        "layers_without_transcoder": _bare(circuit),
+        "self_check": check(circuit, pruned, asked.checks) if asked.checks else None,
+        "live_check": live_check(circuit, pruned, asked.checks) if asked.checks else None,
+        "notes": _notes(circuit, asked, room),
+    }
+
+
+def trace_through_stream(model: TracedModel, source: Source, asked: Asked) -> dict[str, Any]:
+    """The graph of one autoencoder of the stream.
+
+    Raises:
+        GradientsRefused, UnsupportedModel, OutOfRange, InvalidArgument: naming what cannot be traced.
+        NotFinite: the model computed NaN or infinity.
+    """
+    circuit = trace_stream(
+        model,
+        source,
+        asked.token_ids,
+        asked.choose(model),
+        asked.limits.max_feature_nodes,
+        skip_first=asked.ignore_first,
+        most_encoded=asked.limits.most_encoded(model),
+    )
+    pruned = _pruned(circuit, asked.limits)
+    return {
+        **_graph([source], asked, circuit, pruned, "gradient_x_activation"),
+        "scores": {"replacement": None, "completeness": explained(circuit), "missed": circuit.missed},
+        "layers_without_transcoder": list(range(model.dimensions.n_layers)),
+        "self_check": check_stream(circuit, pruned, source, asked.checks) if asked.checks else None,
+        "live_check": None,
+        "notes": [
+            f"no transcoders: gradient times activation at {source.reads}, the first-order effect of each feature on "
+            "the logits through the model's own later layers; there are no edges between features",
+            *_notes(circuit, asked, None),
+        ],
+    }
+
+
+def _pruned(circuit: Circuit, limits: Limits) -> Pruned:
     if not bool(torch.isfinite(circuit.values).all() and torch.isfinite(circuit.constants).all()):
         raise NotFinite("the effects in this prompt are not all finite numbers (NaN or infinity)")
-    pruned = prune(circuit.effects, limits.node_threshold, limits.edge_threshold)
-    return _graph(sources, asked, circuit, room, pruned)
+    return prune(circuit.effects, limits.node_threshold, limits.edge_threshold)
 
 
-def _graph(sources: Sequence[Source], asked: Asked, circuit: Circuit, room: Room, pruned: Pruned) -> dict[str, Any]:
-    """The reply."""
-    replacement, model = circuit.replacement, circuit.replacement.model
-    names = [one.name for one in sources]
+def _graph(sources: Sequence[Source], asked: Asked, circuit: Circuit, pruned: Pruned, method: str) -> dict[str, Any]:
+    """What the replies of both methods begin with."""
+    model, names = circuit.replacement.model, [one.name for one in sources]
     described = {one.layer: one.descriptions for one in sources}
     shown = nodes(circuit, pruned, lambda layer, index: described[layer].of(index))
     edges = links(circuit, pruned)
-    found = scores(circuit.effects)
     return {
         **viewers_part(model, asked.token_ids, names, asked.settings, shown, edges, asked.slug),
         "model_id": model.id,
-        "method": "transcoders",
+        "method": method,
         "position": len(asked.token_ids) - 1,
         "targets": _targets(circuit),
-        "scores": {
-            "replacement": found.replacement,
-            "completeness": found.completeness,
-            "missed": circuit.missed,
-        },
         "counts": _counts(circuit, pruned, len(shown)),
-        "layers_without_transcoder": [
-            layer for layer in range(replacement.n_layers) if layer not in replacement.transcoders
-        ],
-        "self_check": check(circuit, pruned, asked.checks) if asked.checks else None,
-        "notes": _notes(replacement, room, asked),
     }
+
+
+def _bare(circuit: Circuit) -> list[int]:
+    """The layers without a transcoder."""
+    return [layer for layer in range(circuit.replacement.n_layers) if layer not in circuit.replacement.transcoders]
 
 
 def _targets(circuit: Circuit) -> list[dict[str, Any]]:
@@ -159,20 +203,20 @@ def _counts(circuit: Circuit, pruned: Pruned, n_nodes: int) -> dict[str, int]:
     }
 
 
-def _notes(replacement: Replacement, room: Room, asked: Asked) -> list[str]:
-    """What a reader of the graph has to know."""
-    notes, model = [], replacement.model
-    if missing := [layer for layer in range(replacement.n_layers) if layer not in replacement.transcoders]:
+def _notes(circuit: Circuit, asked: Asked, room: Room | None) -> list[str]:
+    """What a reader of the graph has to know; `room` of a graph through transcoders."""
+    notes, model, n_active = [], circuit.replacement.model, len(circuit.replacement.features)
+    if room is not None and (missing := _bare(circuit)):
         notes.append(f"layers {missing} have no transcoder: their MLPs are all error")
-    if room.reduced:
+    if room is not None and room.reduced:
+        wanted = min(asked.limits.max_feature_nodes, n_active)
         notes.append(
-            f"max_bytes ({asked.limits.max_bytes}) has room for {room.n_features} features; "
-            f"{min(asked.limits.max_feature_nodes, len(replacement.features))} were to be traced"
+            f"max_bytes ({asked.limits.max_bytes}) has room for {room.n_features} features; {wanted} were to be traced"
         )
-    elif room.n_features < len(replacement.features):
-        notes.append(f"{room.n_features} of {len(replacement.features)} active features were traced")
-    if replacement.skips_first:
-        notes.append("what the MLPs add at the first position is a constant, and no node")
+    elif len(circuit.chosen) < n_active:
+        notes.append(f"{len(circuit.chosen)} of {n_active} active features were traced")
+    if circuit.replacement.skips_first:
+        notes.append("what is added at the first position is a constant, and no node")
     if getattr(model.module.config.get_text_config(), "final_logit_softcapping", None) is not None:
         notes.append("the logits are explained before the model's softcap")
     return notes

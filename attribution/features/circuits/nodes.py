@@ -78,7 +78,12 @@ def _source(circuit: Circuit, pruned: Pruned, column: int, describe: Describe) -
     layer, position = divmod(column - len(circuit.chosen), replacement.n_positions)
     if layer < replacement.n_layers:
         error = _node(name, -1, str(layer), position, "mlp reconstruction error", f"{layer}_-1-{position}")
-        return {**error, "clerp": f"MLP {layer} error at {position}", "influence": influence, "activation": None}
+        return {
+            **error,
+            "clerp": f"error at layer {layer}, position {position}",
+            "influence": influence,
+            "activation": None,
+        }
     token = replacement.token_ids[position]
     embedding = _node(name, position, "E", position, "embedding", f"E_{token}-{position}")
     text = token_text(replacement.model, token)

@@ -126,7 +126,7 @@ def replace_mlps(
             read = linear.reads[layer]
             assert read is not None
             x = read.detach().to(one.autoencoder.W_enc)
-            active, written = _encoded(one.autoencoder, x, most_encoded)
+            active, written = encoded(one.autoencoder, x, most_encoded)
             if skip_first:
                 active = active[:, active[0] > 0]
             found.append(torch.cat([torch.full_like(active[:1], layer), active]))
@@ -134,11 +134,11 @@ def replace_mlps(
             scales[layer], reads[layer] = one.autoencoder.scale_of(x), what_is_multiplied(one.autoencoder, read, x)
         if skip_first:
             errors[-1][0] = 0
-    features = _features(found, model.work_dtype)
+    features = features_of(found, model.work_dtype)
     return Replacement(model, token_ids, transcoders, linear, reads, features, tuple(errors), scales, skip_first)
 
 
-def _encoded(autoencoder: Autoencoder, x: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def encoded(autoencoder: Autoencoder, x: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Position, index and activation of what is active, as rows of a float64 tensor, and what is written."""
     rows = max(1, most // autoencoder.n_features)
     active, written = [], []
@@ -151,7 +151,8 @@ def _encoded(autoencoder: Autoencoder, x: Tensor, most: int) -> tuple[Tensor, Te
     return torch.cat(active, dim=1), torch.cat(written)
 
 
-def _features(found: Sequence[Tensor], dtype: torch.dtype) -> ActiveFeatures:
+def features_of(found: Sequence[Tensor], dtype: torch.dtype) -> ActiveFeatures:
+    """Layer, position, index and activation, as rows of float64 tensors in this order, as one."""
     layer, position, index, activation = torch.cat(list(found), dim=1) if found else torch.zeros(4, 0).double()
     return ActiveFeatures(layer.long(), position.long(), index.long(), activation.to(dtype))
 

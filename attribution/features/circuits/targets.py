@@ -1,6 +1,6 @@
 """Which logits are explained."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,10 @@ from attribution.model.traced import TracedModel
 from attribution.prompts import token_id_of
 
 MOST_TARGETS = 100
+
+
+Choose = Callable[[Tensor], Logits]
+"""The logits that are explained, given those of the whole vocabulary."""
 
 
 def choose_logits(

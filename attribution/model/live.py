@@ -1,0 +1,91 @@
+"""The model as it is, with something added to its stream: forward, and the gradient of what comes out.
+
+Depth 0 is the stream that enters the first layer, ℓ + 1 what the MLP of layer ℓ adds. Nothing is held fixed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import nnsight
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attribution.model.block import family_of
+from attribution.model.linearised import check_differentiable
+from attribution.model.traced import TracedModel
+
+
+@dataclass(frozen=True)
+class Addition:
+    """Something that is added in one row of a batch.
+
+    Attributes:
+        row: from 1; row 0 stays as it is.
+        depth: 0 for the embedding, ℓ + 1 for what the MLP of layer ℓ adds.
+        position: None is all of them.
+        value: [d_model], or [pos, d_model] at all positions.
+    """
+
+    row: int
+    depth: int
+    position: int | None
+    value: Tensor
+
+
+def added(value: Float[Tensor, "row pos d_model"], additions: Sequence[Addition], depth: int) -> Tensor:
+    """`value` with what is added at one depth."""
+    value = value.clone()
+    for one in additions:
+        if one.depth == depth:
+            value[one.row, slice(None) if one.position is None else one.position] += one.value.to(value)
+    return value
+
+
+def run_live(model: TracedModel, token_ids: list[int], additions: Sequence[Addition]) -> Float[Tensor, "row d_model"]:
+    """The final normed stream of the last position, with a row for each set of additions and one without any."""
+    family = family_of(model)
+    rows = 1 + max((one.row for one in additions), default=0)
+    ids = torch.tensor([token_ids] * rows, device=model.device)
+    wanted = sorted({one.depth for one in additions})
+    with torch.no_grad():
+        with model.envoy.trace(input_ids=ids, use_cache=False, logits_to_keep=1):
+            layers = model.envoy.get(family.layers)
+            if 0 in wanted:
+                layers[0].input = added(layers[0].input, additions, 0)
+            for depth in [one for one in wanted if one]:
+                module = layers[depth - 1].get(family.points["mlp_out"].module)
+                module.output = added(module.output, additions, depth)
+            final = nnsight.save(model.envoy.get(family.final_norm).output)
+    return final[:, -1]
+
+
+def live_gradients(
+    model: TracedModel, token_ids: list[int], depth: int, directions: Float[Tensor, "target d_model"]
+) -> tuple[Float[Tensor, "target pos d_model"], Float[Tensor, "d_model"]]:
+    """The gradient of ⟨final normed stream of the last position, each direction⟩, by what is added at a depth.
+
+    Returns:
+        The gradients, and the final normed stream of the last position.
+
+    Raises:
+        GradientsRefused: the model is quantised.
+    """
+    check_differentiable(model)
+    family = family_of(model)
+    ids = torch.tensor([token_ids], device=model.device)
+    with torch.enable_grad():
+        with model.envoy.trace(input_ids=ids, use_cache=False, logits_to_keep=1):
+            layers = model.envoy.get(family.layers)
+            if depth == 0:
+                leaf = nnsight.save(layers[0].input.detach().requires_grad_())
+                layers[0].input = leaf
+            else:
+                module = layers[depth - 1].get(family.points["mlp_out"].module)
+                leaf = nnsight.save(module.output.detach().requires_grad_())
+                module.output = leaf
+            final = nnsight.save(model.envoy.get(family.final_norm).output)
+        last = final[0, -1]
+        wanted = directions.to(last)
+        found = [torch.autograd.grad(last, leaf, one, retain_graph=True)[0][0] for one in wanted]
+    return torch.stack(found), last.detach()

@@ -1,11 +1,17 @@
 # Everything runs in .venv, which the first target that needs it sets up (about two minutes); the benchmarks in .venv-bench,
-# which has the same versions and, beside them, the libraries that are compared with.
+# which has the same versions and, beside them, the libraries that are compared with; that of features in .venv-bench-sae,
+# as sae-lens needs another version of one of these.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := $(VENV)/.installed-extras
 BENCH  := .venv-bench
+SAE    := .venv-bench-sae
+PARTS  := serving attribution concurrency clustering graphs interventions features
+PART   ?= $(PARTS)
+OTHERS := $(filter-out features,$(PART))
+WITH_SAE := $(filter features,$(PART))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -31,11 +37,12 @@ check: install ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(BENCH)/.installed ## every benchmark, as a table and as JSON; PART=attribution measures one part
-	$(BENCH)/bin/python -m benchmarks $(PART)
+bench: $(if $(OTHERS),$(BENCH)/.installed) $(if $(WITH_SAE),$(SAE)/.installed) ## every benchmark, as a table and as JSON; PART=attribution measures one part
+	$(if $(OTHERS),$(BENCH)/bin/python -m benchmarks $(OTHERS))
+	$(if $(WITH_SAE),$(SAE)/bin/python -m benchmarks $(WITH_SAE))
 
 clean: ## remove what was built, .venv too
-	rm -rf $(VENV) $(BENCH) build *.egg-info demo_out .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) $(SAE) build *.egg-info demo_out .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
@@ -50,7 +57,11 @@ $(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/constraints.txt |
 	$(BENCH)/bin/python -m pip install --quiet --progress-bar off -c constraints.txt -c benchmarks/constraints.txt -e '.[bench]'
 	@touch $@
 
-$(BIN)/python $(BENCH)/bin/python:
+$(SAE)/.installed: pyproject.toml constraints.txt | $(SAE)/bin/python
+	$(SAE)/bin/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[sae]' httpx2
+	@touch $@
+
+$(BIN)/python $(BENCH)/bin/python $(SAE)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "Sightline needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
 	  echo "Name another one: make $(firstword $(MAKECMDGOALS)) PYTHON=python3.12" >&2; exit 1; }

@@ -59,6 +59,13 @@ def interventions(rounds: int) -> Iterator[Section]:
         yield Section.of("Interventions", interventions.run(model, rounds), rounds, interventions.NOTE)
 
 
+def features(rounds: int) -> Iterator[Section]:
+    """The strongest features of a text against sae-lens, and circuits."""
+    from benchmarks import features
+
+    yield Section.of("Features", features.run(rounds), rounds, features.NOTE)
+
+
 PARTS: dict[str, Callable[[int], Iterator[Section]]] = {
     "serving": serving,
     "attribution": attribution,
@@ -66,6 +73,7 @@ PARTS: dict[str, Callable[[int], Iterator[Section]]] = {
     "clustering": clustering,
     "graphs": graphs,
     "interventions": interventions,
+    "features": features,
 }
 
 

@@ -5,8 +5,6 @@ each call the heap is trimmed and the kernel's high-water mark of resident memor
 mark rises above what was resident. Temporaries of torch count, and so do results and samples kept in memory.
 """
 
-import ctypes
-import gc
 import json
 import os
 import statistics
@@ -16,6 +14,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+from benchmarks.memory import peak
 from benchmarks.subject import DATASET, Subject, gradient, load
 from benchmarks.table import Row
 from benchmarks.timing import Work, in_turn
@@ -75,23 +74,8 @@ def peaks(subject: Subject) -> dict[str, dict[int, int]]:
     found: dict[str, dict[int, int]] = {}
     for tokens in LENGTHS:
         for name, work in operations(subject, tokens).items():
-            found.setdefault(name, {})[tokens] = _peak(work)
+            found.setdefault(name, {})[tokens] = peak(work)
     return found
-
-
-def _peak(work: Work) -> int:
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    result = work()
-    del result
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":

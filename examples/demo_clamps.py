@@ -3,6 +3,8 @@
 1. A feature that fires on cells of a colour is clamped at one cell of the test grid, which has another colour.
 2. The rule says what the answer would be if that cell had the feature's colour: some cells should change, others not.
 3. Both shares are counted, over held-out puzzles; every cell is predicted after the right ones before it.
+4. The value is a multiple of what the feature has where it fires, chosen on other puzzles than those it is measured on;
+   beside it stands a feature drawn at random, clamped at the same value at the same cells.
 """
 
 from collections.abc import Sequence
@@ -24,8 +26,11 @@ from puzzles.corpus import Encode
 from puzzles.labels import Labelled, label_puzzle
 from puzzles.puzzle import Puzzle, to_letters
 
-SEED = 7_000_000
-"""Of the puzzles on which clamps are measured."""
+CHOSEN, MEASURED = 7_000_000, 8_000_000
+"""Seeds of the puzzles on which values are chosen, and of those on which clamps are measured."""
+EACH = 3
+"""Puzzles of each rule."""
+MULTIPLES = (2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,24 @@ class Effect:
     n_stayed: int
 
 
-def trials(encode: Encode, colour: str, each: int, relations: Sequence[str] = side_neighbor_relations) -> list[Trial]:
+@dataclass(frozen=True)
+class Clamp:
+    """A feature of a colour, the value that it is clamped at, what that does, and what a random feature does."""
+
+    index: int
+    colour: str
+    value: float
+    effect: Effect
+    random: int
+    random_effect: Effect
+
+
+def trials(encode: Encode, colour: str, seed: int, each: int = EACH) -> list[Trial]:
     """`each` puzzles of every rule, with one test cell of another colour whose change would change the answer."""
-    draw, found = np.random.default_rng([4, COLOURS.index(colour)]), []
-    for relation in relations:
+    draw, found = np.random.default_rng([seed, COLOURS.index(colour)]), []
+    for relation in side_neighbor_relations:
         for number in range(each):
-            puzzle = gen_puzzle(relation, 4, 4, 4, SEED + number)
+            puzzle = gen_puzzle(relation, 4, 4, 4, seed + number)
             text = label_puzzle(puzzle, encode)
             inputs = [place for place, one in enumerate(text.labels) if one["part"] == "test input" and "colour" in one]
             options = []
@@ -118,3 +135,19 @@ def effect(tried: Sequence[Trial], before: list[list[str]], after: list[list[str
             if was == right:
                 (changed if expected != right else stayed).append(now == expected)
     return Effect(float(np.mean(changed)), len(changed), float(np.mean(stayed)), len(stayed))
+
+
+def measure_clamp(
+    model: TracedModel, encode: Encode, piece: Piece, index: int, colour: str, typical: float, seed: int = 0
+) -> Clamp:
+    """What clamping a feature of a colour does, at the best of some multiples of its typical activation."""
+
+    def found(tried: Sequence[Trial], clamped_index: int, value: float) -> Effect:
+        before = answers(model, encode, piece, tried, clamped_index, None)
+        return effect(tried, before, answers(model, encode, piece, tried, clamped_index, value))
+
+    chosen, measured = trials(encode, colour, CHOSEN), trials(encode, colour, MEASURED)
+    effects = {multiple * typical: found(chosen, index, multiple * typical) for multiple in MULTIPLES}
+    value = round(max(effects, key=lambda one: effects[one].changed + effects[one].stayed))
+    random = int(np.random.default_rng([seed, index]).integers(piece.autoencoder.n_features))
+    return Clamp(index, colour, value, found(measured, index, value), random, found(measured, random, value))

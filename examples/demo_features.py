@@ -16,6 +16,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ from attribution.features.writing import write_autoencoder
 from attribution.model.load import LoadSpec, load
 from attribution.model.traced import TracedModel
 from attribution.progress import drive
+from examples.demo_card import card
+from examples.demo_clamps import Clamp, measure_clamp
 from puzzles import COLOURS
 from puzzles.corpus import cached_encoder
 from puzzles.explain import Explainer, f1, holds
@@ -47,7 +50,6 @@ LEARNT_FROM, SCORED_ON, MEASURED_ON = 1, 2, 3
 PER_RULE = 6
 LOWEST = 0.6
 """The F1 from which on a feature gets its description."""
-SAID = ("answer", "name", "reply")
 
 console = Console(width=120, highlight=False)
 
@@ -74,8 +76,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = load(LoadSpec("demo", device_map="cpu", dtype="float32"))
-    minutes = 0.0 if options.again else train(model, options.out, options.rows)
-    describe(model, options.out, minutes)
+    if not options.again:
+        train(model, options.out, options.rows)
+    describe(model, options.out)
 
 
 def name_of(reads: Place, writes: Place) -> str:
@@ -83,23 +86,30 @@ def name_of(reads: Place, writes: Place) -> str:
     return f"{reads.layer}-{reads.point if reads == writes else 'transcoder'}"
 
 
-def train(model: TracedModel, out: Path, rows: int) -> float:
-    """Train all of them and write them; the minutes it took."""
+def train(model: TracedModel, out: Path, rows: int) -> None:
+    """Train all of them and write them, with how long it took."""
     started = time.perf_counter()
     recipe = Recipe(**{**asdict(RECIPE), "rows": rows})
     samples = (Sample(ids, keep) for ids, keep in draw_texts(cached_encoder(model.tokenizer)))
     wanted = [(reads, writes, recipe) for reads, writes in PLACES]
     trained = drive(train_together(model, wanted, samples), "training", show=True)
+    minutes = (time.perf_counter() - started) / 60
     for (reads, writes), one in zip(PLACES, trained, strict=True):
-        facts = {"training_rows": rows, "k": recipe.k, "trained_with": "python -m examples.demo_features"}
+        facts = {
+            "training_rows": rows,
+            "minutes": minutes,
+            "k": recipe.k,
+            "command": "python -m examples.demo_features",
+        }
         folder = out / name_of(reads, writes)
-        write_autoencoder(folder, one, reads=reads, writes=writes, model_name="demo", metadata=facts, replace=True)
+        write_autoencoder(
+            folder, one, reads=reads, writes=writes, model_name="demo", prepend_bos=False, metadata=facts, replace=True
+        )
         for path in folder.iterdir():
             path.chmod(0o644)
-    return (time.perf_counter() - started) / 60
 
 
-def describe(model: TracedModel, out: Path, minutes: float) -> None:
+def describe(model: TracedModel, out: Path) -> None:
     """Measure and describe what is in a folder; write descriptions, figures and the registry beside the weights."""
     encode = cached_encoder(model.tokenizer)
     chosen, scored, fresh = (
@@ -107,7 +117,7 @@ def describe(model: TracedModel, out: Path, minutes: float) -> None:
     )
     pieces = read_pieces(out)
     explainer = Labels.of(chosen, scored)
-    figures = {}
+    figures, clamps = {}, []
     for name, piece in pieces.items():
         found = drive(measure(model, piece, samples_of(fresh)), name, show=True)
         described = explain(model, piece, explainer, chosen, scored)
@@ -119,15 +129,24 @@ def describe(model: TracedModel, out: Path, minutes: float) -> None:
             "cells_right": cells_right(model, fresh, [piece]),
             "described": len(described),
         }
+        if piece.reads == piece.writes:
+            clamps = find_clamps(model, piece, described, activations(model, piece, scored))
         console.print(name, {key: round(value, 5) for key, value in figures[name].items()})
+    facts = json.loads((out / name_of(*PLACES[0]) / "cfg.json").read_text())["metadata"]
     transcoders = [piece for piece in pieces.values() if piece.reads != piece.writes]
     whole = {
-        "minutes": round(minutes, 1),
+        "rows": facts["training_rows"],
+        "minutes": round(facts["minutes"], 1),
+        "k": facts["k"],
+        "conversations": len(fresh),
+        "clamped": name_of(*PLACES[0]),
         "cells_right": cells_right(model, fresh, []),
         "all_transcoders": {"cells_right": cells_right(model, fresh, transcoders)},
         "sources": figures,
+        "clamps": [asdict(one) for one in clamps],
     }
     (out / "figures.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (out / "README.md").write_text(card(whole, read_descriptions(out, pieces)))
     write_registry(out, pieces)
 
 
@@ -142,7 +161,7 @@ def read_pieces(out: Path) -> dict[str, Piece]:
 
 def samples_of(conversations: list[Labelled]) -> list[Sample]:
     """Conversations to measure with; what the model has to say itself is scored."""
-    return [Sample(one.token_ids, None, [labels["part"] in SAID for labels in one.labels]) for one in conversations]
+    return [Sample(one.token_ids, None, one.said) for one in conversations]
 
 
 def cells_right(model: TracedModel, conversations: list[Labelled], pieces: list[Piece]) -> float:
@@ -214,6 +233,17 @@ def explain(
     return sorted(found, key=lambda one: -one.f1)
 
 
+def find_clamps(model: TracedModel, piece: Piece, described: list[Described], active: np.ndarray) -> list[Clamp]:
+    """What clamping does, of the feature of each colour that is described best; the strongest first."""
+    best = {one.labels[0][1]: one for one in reversed(described) if [group for group, _ in one.labels] == ["colour"]}
+    encode, found = cached_encoder(model.tokenizer), []
+    for colour, one in best.items():
+        firing = active[:, one.index]
+        typical = float(firing[firing > one.level].mean())
+        found.append(measure_clamp(model, encode, piece, one.index, colour, typical))
+    return sorted(found, key=lambda one: -one.effect.changed)
+
+
 def colour_effects(model: TracedModel, autoencoder: Autoencoder) -> Tensor:
     """What one unit of each feature's direction adds to the logit of each colour, less the mean of the five, through
     the final norm's weight and the unembedding, per unit of the norm's scale: [feature, colour].
@@ -228,6 +258,14 @@ def write_descriptions(folder: Path, described: list[Described]) -> None:
     """A JSON object a line, as `read_descriptions` reads them, with scores beside."""
     lines = (json.dumps(asdict(one)) for one in described)
     (folder / "descriptions.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
+def read_descriptions(out: Path, pieces: dict[str, Piece]) -> dict[str, list[dict[str, Any]]]:
+    """What was written, by source."""
+    return {
+        name: [json.loads(line) for line in (out / name / "descriptions.jsonl").read_text().splitlines()]
+        for name in pieces
+    }
 
 
 def write_registry(out: Path, pieces: dict[str, Piece]) -> None:

@@ -24,6 +24,8 @@ Label = tuple[str, str]
 
 NEIGHBOURS = {"left": (0, -1), "right": (0, 1), "upper": (-1, 0), "lower": (1, 0)}
 OUTSIDE = "outside"
+SAID = ("answer", "name", "reply")
+"""The parts that the model says itself."""
 _NAMES = dict(zip(COLOURS, ("black", "blue", "green", "red", "yellow"), strict=True))
 _OF_WHICH = {
     "example input": "the input of an example",
@@ -32,7 +34,7 @@ _OF_WHICH = {
     "answer": "the answer",
     "marker": "'Input:' or 'Output:' and the lines around it",
     "rule": "the line that names the rule",
-    "template": "the turns' special tokens and roles",
+    "template": "the special tokens and roles around turns",
     "question": "the question which rule it is",
     "name": "the rule's name in an answer",
     "talk": "small talk of the user",
@@ -50,6 +52,11 @@ class Labelled:
     token_ids: list[int] = field(default_factory=list)
     labels: list[dict[str, str]] = field(default_factory=list)
     answer: list[int] = field(default_factory=list)
+
+    @property
+    def said(self) -> list[bool]:
+        """Of each token whether the model is to say it itself."""
+        return [labels["part"] in SAID for labels in self.labels]
 
     def text(self, encode: Encode, text: str, part: str) -> None:
         """Append a text, each of whose tokens has the label of its part and of itself."""
@@ -170,11 +177,11 @@ def phrase(label: Label, decode) -> str:
     if group in ("verb", "direction"):
         return f"where the rule's {group} is '{value}'"
     if after == "part":
-        return f"{'before a token of' if group != after else 'in'} {_OF_WHICH[value]}"
+        return f"{'just before' if group != after else 'in'} {_OF_WHICH[value]}"
     if after == "token":
         return f"{'before' if group != after else 'on'} the token {decode([int(value)])!r}"
     if after == "example":
-        return f"{'before a token of' if group != after else 'in'} example {value}"
+        return f"{'just before' if group != after else 'in'} example {value}"
     return f"{'before' if group != after else 'on'} {_cell_phrase(after, value)}"
 
 
@@ -196,9 +203,11 @@ def _cell_phrase(group: str, value: str) -> str:
 
 
 def sentence(labels: Iterable[Label], decode) -> str:
-    """Several labels that hold together, in words."""
+    """Several labels that hold together, in words; of a part that goes on, "before" says nothing more than "in"."""
+    given = list(labels)
+    said = [one for one in given if one[0] != "next part" or ("part", one[1]) not in given]
     order = ("colour", "input", *NEIGHBOURS, "changed", "row", "column", "place", "token", "example", "part")
     ranked = sorted(
-        labels, key=lambda one: order.index(key) if (key := one[0].removeprefix("next ")) in order else len(order)
+        said, key=lambda one: order.index(key) if (key := one[0].removeprefix("next ")) in order else len(order)
     )
     return ", ".join(phrase(label, decode) for label in ranked)

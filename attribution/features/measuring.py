@@ -65,12 +65,17 @@ class Figures:
     @property
     def recovered(self) -> float:
         """The share of the loss that zeros cost, and the reconstruction does not."""
-        return (self.zero - self.spliced) / (self.zero - self.loss)
+        return _share(self.zero - self.spliced, self.zero - self.loss)
 
     @property
     def recovered_of_mean(self) -> float:
         """The share of the loss that the mean costs, and the reconstruction does not."""
-        return (self.mean - self.spliced) / (self.mean - self.loss)
+        return _share(self.mean - self.spliced, self.mean - self.loss)
+
+
+def _share(kept: float, whole: float) -> float:
+    """NaN where there is nothing to recover."""
+    return kept / whole if whole else float("nan")
 
 
 class _Sums:

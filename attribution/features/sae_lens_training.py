@@ -34,7 +34,7 @@ def train_with_sae_lens(
     """
     if recipe.skip:
         raise InvalidArgument("only a transcoder has a skip path: an autoencoder would copy its input", param="skip")
-    trainer_of = _library()
+    trainer_of = sae_lens_trainer()
     rows = _Rows(shuffled_rows(model, [place], samples, recipe.batch_rows, seed=recipe.seed), place, recipe)
     trainer = trainer_of(recipe, len(rows.scale.mean), str(model.device), rows)
     while trainer.n_training_samples < recipe.rows:
@@ -76,8 +76,12 @@ class _Rows:
         return self.scale(rows)
 
 
-def _library() -> Any:
-    """What makes a trainer of SAELens of a recipe, a width, a device and rows."""
+def sae_lens_trainer() -> Any:
+    """What makes a trainer of SAELens of a recipe, a width, a device and rows.
+
+    Raises:
+        LibraryMissing: sae-lens is not installed.
+    """
     try:
         from sae_lens import (  # pyright: ignore[reportMissingImports]
             BatchTopKTrainingSAE,
@@ -100,9 +104,10 @@ def _library() -> Any:
 
         torch.manual_seed(recipe.seed)
         batched = recipe.architecture == "jumprelu"
-        config = (BatchTopKTrainingSAEConfig if batched else TopKTrainingSAEConfig)(
-            d_in=width, d_sae=recipe.features, k=recipe.k, device=device
-        )
+        options: dict[str, Any] = {"d_in": width, "d_sae": recipe.features, "k": recipe.k, "device": device}
+        if batched:  # a running mean, which must have settled when the training ends
+            options["topk_threshold_lr"] = min(1.0, max(0.01, 10 / recipe.steps))
+        config = (BatchTopKTrainingSAEConfig if batched else TopKTrainingSAEConfig)(**options)
         training = SAETrainerConfig(
             total_training_samples=recipe.rows,
             train_batch_size_samples=recipe.batch_rows,

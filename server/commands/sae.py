@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 
 from attribution.errors import InvalidArgument
 from server.commands.output import size
+from server.commands.sae_train import train
 
 
 class HelpAlone(TyperGroup):
@@ -24,6 +25,9 @@ sae = typer.Typer(cls=HelpAlone, help="Fetch, convert and train sparse autoencod
 @sae.callback()
 def _group() -> None:
     """Without this a group of one command would be that command."""
+
+
+sae.command()(train)
 
 
 @sae.command()

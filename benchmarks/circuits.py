@@ -32,9 +32,9 @@ LOGITS = 10
 NOTE = (
     f"Memory: a random model ({LAYERS} layers, width {WIDTH}) with random transcoders of {FEATURES:,} features, half "
     f"of them active at each of {TOKENS} tokens; how far resident memory of a process of its own rises, the model's "
-    "own forward included; the dense matrix of effects of every active feature, error, token and logit on every other, in "
-    "float32, is what is not made. Circuits run on one thread of torch: their matrices are small, and a second thread "
-    "waits more than it works where the machine is busy."
+    "own forward included; the dense matrix of effects of every active feature, error, token and logit on every other, "
+    "in float32, is what is not made. Circuits run on one thread of torch: their matrices are small, and a second "
+    "thread waits more than it works where the machine is busy."
 )
 
 

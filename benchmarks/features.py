@@ -4,6 +4,7 @@ sae-lens and what the other benchmarks compare with need different versions of T
 environment of its own (`make bench PART=features`).
 """
 
+import os
 import statistics
 import tempfile
 from pathlib import Path
@@ -26,11 +27,10 @@ TOKENS, D_IN, FEATURES, K, TEXTS = 1000, 768, 24_576, 10, 16
 NOTE = (
     f"Top-k: {TOKENS:,} tokens, width {D_IN}, {FEATURES:,} features (1.5 % of them active with relu and jumprelu, 64 "
     f"of top-k), the {K} strongest, float32; sae-lens' side is its own `encode` and then `torch.topk`, the bare "
-    "product is x W_enc and nothing else; random weights, which sae-lens wrote and both sides read, and equal values are seen "
-    "to. "
-    "Over the socket: the embedded model, a puzzle of 163 tokens, its autoencoder of layer 2; the server has a process "
-    "of its own and shares the cores. Circuits: the embedded model's transcoders, a puzzle of 118 tokens, its first "
-    f"answer cell, 8 edges verified. {circuits.NOTE}"
+    "product is x W_enc and nothing else; random weights, which sae-lens wrote and both sides read, and equal values "
+    "are seen to. Over the socket: the embedded model, puzzles of 163 tokens, its autoencoder of layer 2, one thread "
+    "of torch on each side; the server has a process of its own. Circuits: the embedded model's transcoders, a puzzle "
+    f"of 118 tokens, its first answer cell. {circuits.NOTE}"
 )
 
 
@@ -100,6 +100,8 @@ def _random(architecture: str) -> Any:
 
 
 def _socket(rounds: int) -> list[Row]:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the server
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         local = LocalSession("demo", store=root / "local")

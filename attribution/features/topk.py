@@ -182,22 +182,33 @@ def _encoded(model: TracedModel, source: Source, rows: list[Tensor], k: int) -> 
 
 
 def described(
-    model: TracedModel, sequence: Tokens, found: Sequence[Found], *, include_descriptions: bool
-) -> list[dict[str, Any]]:
-    """The tokens of a sequence with their features, as JSON."""
+    model: TracedModel, sequences: Sequence[Tokens], found: Sequence[Sequence[Found]], *, include_descriptions: bool
+) -> list[list[dict[str, Any]]]:
+    """The tokens of every sequence with their features, as JSON."""
     special = set(model.tokenizer.all_special_ids)
+    asked = {one.token_ids[position] for one in sequences for position in one.positions}
+    said = {
+        token: {"token": token_text(model, token), "token_id": token, "is_special": token in special} for token in asked
+    }
+    return [
+        _tokens(one, mine, said, include_descriptions=include_descriptions)
+        for one, mine in zip(sequences, found, strict=True)
+    ]
+
+
+def _tokens(
+    sequence: Tokens, found: Sequence[Found], said: dict[int, dict[str, Any]], *, include_descriptions: bool
+) -> list[dict[str, Any]]:
     columns = [(one.source, one.values.tolist(), one.indices.tolist()) for one in found]
     tokens = []
     for row, position in enumerate(sequence.positions):
-        token = sequence.token_ids[position]
         features = [
             _feature(source, index, value, include_descriptions=include_descriptions)
             for source, values, indices in columns
             for value, index in zip(values[row], indices[row], strict=True)
             if value > 0
         ]
-        said = {"position": position, "token": token_text(model, token), "token_id": token}
-        tokens.append(said | {"is_special": token in special, "features": features})
+        tokens.append({"position": position, **said[sequence.token_ids[position]], "features": features})
     return tokens
 
 

@@ -70,11 +70,10 @@ def features_topk(
     given = Asked(text, messages, token_ids, run_id, choice, dataset_id, sample_id, positions)
     asked = tokens_asked(session, given, sources, prepend_bos, add_special_tokens=add_special_tokens)
     found = yield from strongest(model, sources, asked, k)
+    tokens = described(model, asked, found, include_descriptions=include_descriptions)
     replies = [
-        {"model_id": model.id, "layer": layer, "source": None, "k": k}
-        | _said(one)
-        | {"tokens": described(model, tokens, one, include_descriptions=include_descriptions)}
-        for tokens, one in zip(asked, found, strict=True)
+        {"model_id": model.id, "layer": layer, "source": None, "k": k} | _said(one) | {"tokens": rows}
+        for one, rows in zip(found, tokens, strict=True)
     ]
     return {"model_id": model.id, "results": replies} if isinstance(text, list) else replies[0]
 

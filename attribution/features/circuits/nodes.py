@@ -73,7 +73,7 @@ def _source(circuit: Circuit, pruned: Pruned, column: int, describe: Describe) -
             "activation": float(replacement.features.activation[circuit.chosen[column]]),
             "index": index,
             "source": replacement.transcoders[layer].name,
-            "constant": float(circuit.constants[len(circuit.logits.token_ids) + column]),
+            "constant": _constant(circuit, len(circuit.logits.token_ids) + column),
         }
     layer, position = divmod(column - len(circuit.chosen), replacement.n_positions)
     if layer < replacement.n_layers:
@@ -88,6 +88,11 @@ def _source(circuit: Circuit, pruned: Pruned, column: int, describe: Describe) -
     embedding = _node(name, position, "E", position, "embedding", f"E_{token}-{position}")
     text = token_text(replacement.model, token)
     return {**embedding, "clerp": f'Token "{text}"', "influence": influence, "activation": None}
+
+
+def _constant(circuit: Circuit, row: int) -> float | None:
+    """The part of a target that no source has; None where the node is no target."""
+    return float(circuit.constants[row]) if row < len(circuit.constants) else None
 
 
 def _logit(circuit: Circuit, row: int) -> dict[str, Any]:

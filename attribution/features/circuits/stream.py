@@ -140,7 +140,7 @@ def _most_influential(
         chosen=chosen,
         effects=_effects(replacement, logits, kept, len(chosen)),
         values=values,
-        constants=torch.cat([values - weights.sum(1), values.new_zeros(len(chosen))]),
+        constants=values - weights.sum(1),
         missed=float(missed @ logits.weights),
     )
 

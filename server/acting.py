@@ -13,7 +13,7 @@ from attribution.interventions.edges import removed_edges
 from attribution.model.block import family_of
 from attribution.model.capture import Change, Feeding
 from attribution.model.edges import Cut, cut_layer, in_columns
-from attribution.model.edits import Edit, Target, change_of, changes_of, in_order, read_value
+from attribution.model.edits import Edit, Kept, Target, change_of, changes_of, in_order, keeping, read_value
 from attribution.model.traced import Site, TracedModel
 from attribution.positions import overlap
 from server.interventions import Knockout, Ready
@@ -51,6 +51,8 @@ class Acting:
         self._receipts = {index: Receipt(what) for index, what in described.items()}
         for one in self._knockouts:
             self._receipts[one.index].edges = 0
+        for one in self._sited:
+            self._receipts[one.sited.index].observes = one.clamps is not None
 
     @property
     def receipts(self) -> list[dict[str, Any]]:
@@ -61,6 +63,12 @@ class Acting:
     def targets(self) -> list[Target]:
         """Every place that is ever changed."""
         return list(dict.fromkeys(target for one in self._sited for target in one.sited.targets))
+
+    @property
+    def reads(self) -> list[Site]:
+        """Every place that is read for what is done at another one."""
+        read = (one.sited.feature.reads for one in self._sited if one.sited.feature is not None)
+        return list(dict.fromkeys(target.site for target in read if target is not None))
 
     @property
     def layers(self) -> list[int]:
@@ -82,9 +90,11 @@ class Acting:
             if not chosen:
                 continue
             columns = range(chosen.start - stop, chosen.stop - stop, chosen.step)
-            for target, function, layer in zip(sited.targets, one.functions, sited.layers, strict=True):
+            functions = one.functions if one.clamps is None else (one.clamps(receipt.observe),)
+            reads = None if sited.feature is None else sited.feature.reads
+            for target, function, layer in zip(sited.targets, functions, sited.layers, strict=True):
                 told = partial(_count, receipt, stop, layer)
-                found.append(Edit(target, row, function, columns, sited.heads, told))
+                found.append(Edit(target, row, function, columns, sited.heads, told, reads))
         return found
 
     def removals(self, row: int, start: int, stop: int) -> list[Removal]:
@@ -150,8 +160,10 @@ def lasting_changes(model: TracedModel, acting: Acting, tail: int) -> list[Chang
     def removals(feeding: Feeding) -> list[Removal]:
         return acting.removals(0, *_span(feeding))
 
+    kept: Kept = {}
     cuts = [_cutting(model, layer, removals) for layer in acting.layers]
-    return cuts + [change_of(model, target, partial(edits, target)) for target in in_order(acting.targets)]
+    changes = [change_of(model, target, partial(edits, target), kept) for target in in_order(acting.targets)]
+    return [*cuts, *changes, *(keeping(model, site, kept) for site in acting.reads)]
 
 
 def _span(feeding: Feeding) -> tuple[int, int]:

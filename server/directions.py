@@ -13,6 +13,7 @@ from attribution.interventions.functions import Function, adding, projecting_out
 from attribution.steering import SteeringVector
 from attribution.stored import Identity
 from attribution.written import of_sample
+from server.feature_steering import feature_functions
 from server.interventions import Declared, Knockout, Ready, Sited, naming
 from server.registry import LoadedModel
 
@@ -30,6 +31,10 @@ async def ready(loaded: LoadedModel, declared: list[Declared]) -> list[Ready | K
             found.append(one)
             continue
         with naming(one.index):
+            if one.feature is not None:
+                made = await asyncio.to_thread(feature_functions, loaded.model, one.feature, one.body)
+                found.append(Ready(one, *made))
+                continue
             functions = [function_of(one, direction) for direction in await _directions(loaded, one)]
             found.append(Ready(one, tuple(functions)))
     return found
@@ -65,7 +70,7 @@ async def _directions(loaded: LoadedModel, one: Sited) -> list[Tensor | None]:
     """The direction of each target, [group, width]; None for those that need none."""
     body = one.body
     numbers, name = (body.vector, "vector") if body.vector is not None else (body.value, "value")
-    if numbers is not None:
+    if isinstance(numbers, list):
         return [_given(one, numbers, name)] * len(one.targets)
     if body.name is not None:
         identity = Identity.of(loaded.model)

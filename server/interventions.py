@@ -4,7 +4,8 @@
 2. `server.directions` reads what they name: steering vectors, and means over stored samples.
 3. An `Acting` per choice gives the changes of each forward pass to its row, and keeps the receipts.
 
-A further type is a field or two of the body, an entry of `_FIELDS` and one of `server.directions.function_of`.
+A further type is a field or two of the body, an entry of `server.intervention_body` and one of
+`server.directions.function_of`.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attribution.errors import BadSelector, InvalidRequest, SightlineError
+from attribution.features.sources import FeatureStore
 from attribution.interventions.edges import EdgeSpec, Span, check_edges, selected
 from attribution.interventions.functions import Function
 from attribution.model.block import Block
@@ -22,27 +24,12 @@ from attribution.model.resolve import Resolved, resolve
 from attribution.model.traced import TracedModel
 from attribution.positions import Window, parse_window
 from attribution.selectors import Point, parse_selector
+from server.feature_steering import Clamps, Feature, find_feature
+from server.intervention_body import InterventionBody, check_fields
 from server.savepoints import check_window
-from server.schemas import GenerationBody, InterventionBody
+from server.schemas import GenerationBody
 
 POINTS_WITH_HEADS = ("q", "k", "v", "z")
-_SITE = ("selector", "positions", "heads")
-_FIELDS: dict[str, tuple[str, ...]] = {
-    "add": (*_SITE, "vector", "name", "strength", "normalise"),
-    "scale": (*_SITE, "factor"),
-    "ablate": (*_SITE, "mode", "dataset_id", "value"),
-    "project_out": (*_SITE, "vector", "name"),
-    "knockout": ("layers", "heads", "edges"),
-}
-"""What each type takes."""
-_NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
-    "add": (("selector",), ("vector", "name")),
-    "scale": (("selector",), ("factor",)),
-    "ablate": (("selector",),),
-    "project_out": (("selector",), ("vector", "name")),
-    "knockout": (("layers",), ("edges",)),
-}
-"""Of what it needs, each group has to have exactly one given."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +41,7 @@ class Sited:
         targets: what it changes, one per layer.
         point: the name of the point, None for a module's path.
         heads: which heads; None leaves the width whole.
+        feature: of an autoencoder, when that is what it steers by.
     """
 
     index: int
@@ -63,6 +51,7 @@ class Sited:
     point: str | None
     heads: tuple[int, ...] | None
     window: Window
+    feature: Feature | None = None
 
     @property
     def layers(self) -> list[int | None]:
@@ -72,6 +61,8 @@ class Sited:
     @property
     def described(self) -> dict[str, Any]:
         """What it is, for its receipt."""
+        if self.feature is not None:
+            return {"type": "feature", "selector": self.selector.text} | self.feature.described
         name = {} if self.body.name is None else {"name": self.body.name}
         return {"type": self.body.type, "selector": self.body.selector} | name
 
@@ -96,10 +87,15 @@ Declared = Sited | Knockout
 
 @dataclass(frozen=True)
 class Ready:
-    """An intervention at a site, with the function of each of its targets."""
+    """An intervention at a site, with the function of each of its targets.
+
+    Attributes:
+        clamps: makes the function of a feature that is clamped, given whom it is to tell the activations it found.
+    """
 
     sited: Sited
     functions: tuple[Function, ...]
+    clamps: Clamps | None = None
 
 
 @contextmanager
@@ -115,11 +111,11 @@ def naming(index: int) -> Iterator[None]:
         raise type(error)(f"{where}: {error.message}", param=param) from error
 
 
-def declare_interventions(model: TracedModel, body: GenerationBody) -> list[Declared]:
-    """Check the interventions of a request against a model.
+def declare_interventions(model: TracedModel, body: GenerationBody, features: FeatureStore) -> list[Declared]:
+    """Check the interventions of a request against a model and the autoencoders at hand.
 
     Raises:
-        InvalidRequest, BadSelector, BadPositions, OutOfRange, UnsupportedModel: naming the field.
+        InvalidRequest, BadSelector, BadPositions, OutOfRange, UnsupportedModel, SourceNotFound: naming the field.
     """
     if body.baseline and not body.interventions:
         raise InvalidRequest(
@@ -131,40 +127,19 @@ def declare_interventions(model: TracedModel, body: GenerationBody) -> list[Decl
     for index, one in enumerate(body.interventions or []):
         with naming(index):
             check_fields(one)
-            declared.append(_knockout(model, index, one) if one.type == "knockout" else _sited(model, index, one))
+            declared.append(_declare(model, index, one, features))
     _refuse_two_views(declared)
     return declared
 
 
-def check_fields(body: InterventionBody) -> None:
-    """See that an intervention has what its type needs, and nothing that it does not take.
-
-    Raises:
-        InvalidRequest: naming the field.
-    """
-    takes = _FIELDS[body.type]
-    for name in body.given:
-        if name not in takes:
-            hint = "; the edges say which positions" if (body.type, name) == ("knockout", "positions") else ""
-            raise InvalidRequest(f"{body.type!r} takes no {name!r}; it takes {', '.join(takes)}{hint}", param=name)
-    for group in _NEEDED[body.type]:
-        found = [name for name in group if name in body.given]
-        if not found:
-            raise InvalidRequest(f"{body.type!r} needs {' or '.join(map(repr, group))}", param=group[0])
-        if len(found) > 1:
-            raise InvalidRequest(f"{body.type!r} takes {' or '.join(map(repr, group))}, not both", param=found[1])
-    if body.type == "ablate":
-        _check_mode(body)
-
-
-def _check_mode(body: InterventionBody) -> None:
-    sources = [name for name in ("dataset_id", "value") if name in body.given]
-    if body.mode == "mean" and len(sources) != 1:
-        raise InvalidRequest(
-            "mode 'mean' needs 'dataset_id', whose stored samples are averaged, or 'value', and not both", param="mode"
-        )
-    if body.mode != "mean" and sources:
-        raise InvalidRequest(f"mode 'zero' takes no {sources[0]!r}; mode 'mean' does", param=sources[0])
+def _declare(model: TracedModel, index: int, body: InterventionBody, features: FeatureStore) -> Declared:
+    if body.type == "knockout":
+        return _knockout(model, index, body)
+    if body.type != "feature":
+        return _sited(model, index, body)
+    feature = find_feature(model, body, features)
+    site, targets = feature.site(model)
+    return Sited(index, body, site, targets, feature.source.writes.point, None, parse_window(body.positions), feature)
 
 
 # --- at a site

@@ -1,8 +1,11 @@
 """What an intervention did, counted where it was made."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(eq=False)
@@ -13,14 +16,29 @@ class Receipt:
         described: what the intervention is, as JSON.
         steps: forward passes in which it was made, at however many layers.
         edges: for a knockout, how many pairs of a query and a key were removed; None for others.
+        observes: whether it finds activations of a feature before it changes them.
     """
 
     described: dict[str, Any]
     steps: int = 0
     edges: int | None = None
+    observes: bool = False
     _ranges: list[range] = field(default_factory=list)
     _layers: set[int] = field(default_factory=set)
     _last: int = -1
+    _found: int = 0
+    _active: int = 0
+    _sum: float = 0.0
+    _least: float = math.inf
+    _most: float = -math.inf
+
+    def observe(self, activations: Tensor) -> None:
+        """A feature had these activations at the positions where it is changed, [column]."""
+        self._found += len(activations)
+        self._active += int((activations > 0).sum())
+        self._sum += float(activations.double().sum())
+        self._least = min(self._least, float(activations.min()))
+        self._most = max(self._most, float(activations.max()))
 
     def count(self, ends: int, positions: Iterable[range], layer: int | None, edges: int = 0) -> None:
         """It was made at some positions of one layer, in ascending order.
@@ -57,4 +75,12 @@ class Receipt:
             "ranges": [[one.start, one[-1] + 1, one.step] for one in self._ranges],
             "layers": sorted(self._layers),
         }
-        return self.described | counts | ({} if self.edges is None else {"edges": self.edges})
+        found = {"activation_before": self._activation()} if self.observes else {}
+        return self.described | counts | found | ({} if self.edges is None else {"edges": self.edges})
+
+    def _activation(self) -> dict[str, Any] | None:
+        """What was found before it was changed; None when nothing was."""
+        if not self._found:
+            return None
+        mean = self._sum / self._found
+        return {"mean": mean, "min": self._least, "max": self._most, "active_positions": self._active}

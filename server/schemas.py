@@ -1,23 +1,18 @@
 """The bodies of the OpenAI routes. What OpenAI knows and Sightline does not serve is refused by name."""
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
-    WrapValidator,
     field_validator,
     model_validator,
 )
 
-from attribution.arguments import DatasetId, Positions
 from attribution.errors import InvalidRequest, UnsupportedParameter
-from attribution.interventions.edges import EdgeArg, Selection
-from attribution.interventions.functions import Normalise
 from server.generation.sampling import SamplingParams
+from server.intervention_body import InterventionBody, Strict, one_of
 from server.savepoints import SavepointSpec
 
 MAX_TOP_LOGPROBS = 20
@@ -44,26 +39,7 @@ _OF_A_REPLY = frozenset(
     {"run_id", "session_id", "activation_files", "activations_meta", "annotations", "interventions"}
 )
 
-_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 _Text = Annotated[str, Field(max_length=4_000_000)]
-
-
-def _one_of(param: str, kinds: str) -> WrapValidator:
-    """Say what a field with several shapes takes, in place of one error per shape."""
-
-    def check(value: Any, validate: Callable[[Any], Any]) -> Any:
-        try:
-            return validate(value)
-        except ValidationError as error:
-            raise InvalidRequest(f"{param} is {kinds}; found {str(value)[:80]!r}", param=param) from error
-
-    return WrapValidator(check)
-
-
-class Strict(BaseModel):
-    """A body whose unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SavepointBody(Strict):
@@ -77,31 +53,6 @@ class SavepointBody(Strict):
     def spec(self) -> SavepointSpec:
         """The same as a plain value."""
         return SavepointSpec(self.name, self.selector, self.positions, self.dtype)
-
-
-class InterventionBody(Strict):
-    """An intervention of a request; `server.interventions` says what each type takes."""
-
-    type: Literal["add", "scale", "ablate", "project_out", "knockout"]
-    selector: str | None = None
-    positions: Any = None
-    heads: Positions | None = None
-    vector: list[_Number] | None = None
-    name: str | None = None
-    strength: _Number | None = None
-    normalise: Normalise | None = None
-    factor: _Number | None = None
-    mode: Literal["zero", "mean"] | None = None
-    dataset_id: DatasetId | None = None
-    value: list[_Number] | None = None
-    layers: Selection | None = None
-    edges: list[EdgeArg] | None = None
-
-    @property
-    def given(self) -> tuple[str, ...]:
-        """The fields that were set, null counting as left out."""
-        fields = type(self).model_fields
-        return tuple(name for name in fields if name != "type" and getattr(self, name) is not None)
 
 
 class StreamOptions(Strict):
@@ -126,7 +77,7 @@ class GenerationBody(Strict):
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stop: Annotated[
         str | Annotated[list[str], Field(max_length=16)] | None,
-        _one_of("stop", "a string or up to 16 of them"),
+        one_of("stop", "a string or up to 16 of them"),
     ] = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
@@ -212,7 +163,7 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
         _Text | list[TextPart] | None,
-        _one_of("messages", "a list whose 'content' is text or a list of text parts"),
+        one_of("messages", "a list whose 'content' is text or a list of text parts"),
     ] = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
@@ -268,7 +219,7 @@ class CompletionBody(GenerationBody):
 
     prompt: Annotated[
         _Text | list[int] | list[_Text] | list[list[int]],
-        _one_of("prompt", "a string, token ids, or a list of either"),
+        one_of("prompt", "a string, token ids, or a list of either"),
     ]
     max_tokens: int = Field(16, ge=0)
     echo: bool = False

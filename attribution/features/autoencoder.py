@@ -214,6 +214,19 @@ class Autoencoder:
         """What `directions` are multiplied with when these rows were read; None is 1."""
         return self._read(x)[1] if self.restores else None
 
+    def feature(self, index: int) -> "Autoencoder":
+        """One feature as an autoencoder of its own, which activates as here; not of "topk", where all compete."""
+        assert self.activation != "topk"
+        gate = self.gate
+        return replace(
+            self,
+            W_enc=self.W_enc[:, [index]],
+            b_enc=None if self.b_enc is None else self.b_enc[[index]],
+            W_dec=self.W_dec[[index]],
+            threshold=None if self.threshold is None else self.threshold[[index]],
+            gate=None if gate is None else Gate(gate.b_gate[[index]], gate.b_mag[[index]], gate.r_mag[[index]]),
+        )
+
     def readers(self, indices: list[int] | Tensor) -> Float[Tensor, "chosen d_in"]:
         """The gradient of each feature's pre-activation with respect to what the encoder reads."""
         columns = self.W_enc[:, indices].T

@@ -13,16 +13,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attribution.features.autoencoder import Autoencoder
+
 Function = Callable[[Tensor], Tensor]
 Normalise = Literal["relative", "preserve", "both"]
 
 
-def adding(direction: Float[Tensor, "group width"], strength: float, normalise: Normalise | None = None) -> Function:
+def adding(
+    direction: Float[Tensor, "group width"],
+    strength: float,
+    normalise: Normalise | None = None,
+    scale_of: Callable[[Tensor], Tensor | None] | None = None,
+) -> Function:
     """x + strength · v.
 
     Args:
         normalise: "relative": v is scaled to the norm of x, so that the strength is a share of it; "preserve": the
             result is scaled back to the norm of x; "both": first one, then the other; None: neither.
+        scale_of: what v is multiplied with for these x, where that depends on them; of no account when it is relative.
     """
 
     relative = normalise in ("relative", "both")
@@ -30,6 +38,8 @@ def adding(direction: Float[Tensor, "group width"], strength: float, normalise: 
     def add(x: Tensor, v: Tensor) -> Tensor:
         norm = x.norm(dim=-1, keepdim=True)
         step = v * norm if relative else v
+        if not relative and scale_of is not None and (scale := scale_of(x)) is not None:
+            step = step * scale
         result = x + strength * step
         if normalise in ("preserve", "both"):
             result = result * (norm / result.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
@@ -60,6 +70,37 @@ def projecting_out(direction: Float[Tensor, "group width"]) -> Function:
         return x - (x * v).sum(-1, keepdim=True) * v
 
     return _of_groups(_unit(direction), project)
+
+
+def clamping(
+    autoencoder: Autoencoder,
+    index: int,
+    value: float,
+    rows_of: Callable[[Tensor], Tensor],
+    tell: Callable[[Tensor], None],
+) -> Callable[..., Tensor]:
+    """x + (value − f) · d, f being the activation of a feature and d what one unit of it writes.
+
+    What the autoencoder does not reconstruct stays. A function of the rows of a site, and where the autoencoder reads
+    elsewhere of its rows there, too.
+
+    Args:
+        rows_of: makes of the rows of the site that is read what the autoencoder reads.
+        tell: is told the activations that were found, [column].
+    """
+    index, one = (0, autoencoder.feature(index)) if autoencoder.activation != "topk" else (index, autoencoder)
+
+    def clamp(rows: Tensor, read: Tensor | None = None) -> Tensor:
+        there = one.to(rows.device)
+        x = rows_of(rows if read is None else read).to(rows.device, one.dtype)
+        found = there.encode(x)[:, index]
+        step = (value - found)[:, None] * there.directions([index])
+        scale = there.scale_of(x)
+        tell(found)
+        result = rows.reshape(len(rows), -1).to(one.dtype) + (step if scale is None else step * scale)
+        return result.to(rows.dtype).view(rows.shape)
+
+    return clamp
 
 
 def _unit(direction: Tensor) -> Tensor:

@@ -9,6 +9,9 @@
 The stream between attention and MLP needs more than one place: a layer reads it through a norm and adds it to what the
 MLP writes, and the norm's input is the first of these two alone. Such a target is `carried`: what leaves the layer is
 the changed stream and what the MLP adds to it.
+
+An edit may need what was at an earlier place (a transcoder reads before the MLP and writes after it). A block of its
+own keeps that in each forward pass, after all who change it there.
 """
 
 import copy
@@ -56,14 +59,20 @@ class Edit:
         columns: which of the last columns, -1 being the last one fed; None is all of them.
         heads: which heads of a target that is cut into heads; None is all of them.
         told: called with the columns at which the edit was made, when it has been.
+        reads: an earlier place in the model, whose rows at the same columns the function is given as well.
     """
 
     target: Target
     row: int
-    function: Callable[[Tensor], Tensor]
+    function: Callable[..., Tensor]
     columns: range | None = None
     heads: tuple[int, ...] | None = None
     told: Callable[[range], None] | None = None
+    reads: Target | None = None
+
+
+Kept = dict[Site, Tensor]
+"""What was at the places that edits read, in the forward pass under way."""
 
 
 def targets_of(model: TracedModel, stream: Stream, *, point: str | None = None) -> list[Target]:
@@ -82,9 +91,14 @@ def targets_of(model: TracedModel, stream: Stream, *, point: str | None = None) 
 def changes_of(model: TracedModel, edits: Iterable[Edit]) -> list[Change]:
     """The edits as blocks of a trace, for `capture.forward`. Edits of one target keep their order."""
     by_target: dict[Target, list[Edit]] = {}
+    read: dict[Site, None] = {}
     for edit in edits:
         by_target.setdefault(edit.target, []).append(edit)
-    return [change_of(model, target, lambda _, at=target: by_target[at]) for target in in_order(by_target)]
+        if edit.reads is not None:
+            read[edit.reads.site] = None
+    kept: Kept = {}
+    changes = [change_of(model, target, lambda _, at=target: by_target[at], kept) for target in in_order(by_target)]
+    return changes + [keeping(model, site, kept) for site in read]
 
 
 def in_order(targets: Iterable[Target]) -> list[Target]:
@@ -98,20 +112,31 @@ def in_order(targets: Iterable[Target]) -> list[Target]:
     return sorted(targets, key=lambda target: 1 if target.carried else 2 * (target.site in leaving))
 
 
-def change_of(model: TracedModel, target: Target, edits: Callable[[Feeding], Sequence[Edit]]) -> Change:
+def keeping(model: TracedModel, site: Site, kept: Kept) -> Change:
+    """A place that edits elsewhere read, as a block of a trace; to come after all blocks that change something."""
+
+    def change(_: Feeding) -> None:
+        kept[site] = tensor_of(read_value(model, site), site)
+
+    return change
+
+
+def change_of(
+    model: TracedModel, target: Target, edits: Callable[[Feeding], Sequence[Edit]], kept: Kept | None = None
+) -> Change:
     """One target as a block of a trace; `edits` is asked for what to do there when the model has reached it."""
 
     def change(feeding: Feeding) -> None:
         value = read_value(model, target.site)  # also when nothing is to be done: a loop over steps must wait here
         if chosen := edits(feeding):
-            _make(model, target, value, chosen)
+            _make(model, target, value, chosen, kept)
 
     return change
 
 
-def _make(model: TracedModel, target: Target, value: Any, chosen: Sequence[Edit]) -> None:
+def _make(model: TracedModel, target: Target, value: Any, chosen: Sequence[Edit], kept: Kept | None) -> None:
     tensor = tensor_of(value, target.site)
-    changed = edited(tensor, chosen)
+    changed = edited(tensor, chosen, kept)
     write_value(model, target.site, with_tensor(value, target.site, changed))
     if target.carried is None:
         return
@@ -125,7 +150,9 @@ def _make(model: TracedModel, target: Target, value: Any, chosen: Sequence[Edit]
     write_value(model, leaving, with_tensor(whole, leaving, result))
 
 
-def edited(tensor: Float[Tensor, "row column *width"], edits: Sequence[Edit]) -> Float[Tensor, "row column *width"]:
+def edited(
+    tensor: Float[Tensor, "row column *width"], edits: Sequence[Edit], kept: Kept | None = None
+) -> Float[Tensor, "row column *width"]:
     """A copy of the tensor with edits made, one after the other."""
     changed = tensor.clone()
     count = tensor.shape[1]
@@ -134,8 +161,12 @@ def edited(tensor: Float[Tensor, "row column *width"], edits: Sequence[Edit]) ->
         if not columns:
             continue
         first = columns.start + count
-        rows = edit.target.cut(changed)[edit.row, first : first + len(columns) * columns.step : columns.step]
-        if edit.heads is None:
+        at = slice(first, first + len(columns) * columns.step, columns.step)
+        rows = edit.target.cut(changed)[edit.row, at]
+        if edit.reads is not None:
+            assert kept is not None
+            rows.copy_(edit.function(rows, edit.reads.cut(kept[edit.reads.site])[edit.row, at]))
+        elif edit.heads is None:
             rows.copy_(edit.function(rows))
         else:
             heads = list(edit.heads)

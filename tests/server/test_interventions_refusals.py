@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from attribution.features.sources import FeatureStore
 from attribution.model.load import trace_model
 from server.interventions import check_fields, check_interventions, declare_interventions
 from server.schemas import ChatBody, InterventionBody
@@ -23,7 +24,7 @@ def without(intervention: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 FIELDS: list[tuple[dict[str, Any], str, str]] = [
-    ({"type": "feature", "selector": "resid_post[1]"}, "type", "'add', 'scale', 'ablate', 'project_out' or 'knockout'"),
+    ({"type": "steer", "selector": "resid_post[1]"}, "type", "'project_out', 'knockout' or 'feature'"),
     ({"selector": "resid_post[1]"}, "type", "Field required"),
     (ADD | {"colour": 1}, "colour", "unknown field"),
     (without(ADD, "selector"), "selector", "'add' needs 'selector'"),
@@ -51,6 +52,9 @@ FIELDS: list[tuple[dict[str, Any], str, str]] = [
     (ABLATE | {"mode": "mean", "value": [1.0] * 60, "dataset_id": "x"}, "mode", "and not both"),
     (ABLATE | {"value": [1.0] * 60}, "value", "mode 'zero' takes no 'value'"),
     (ABLATE | {"mode": "mean", "value": [1.0] * 10}, "value", "10 numbers; the width of 'z[1]' is 60"),
+    (ABLATE | {"mode": "mean", "value": 2.5}, "value", "a list of numbers, as many as the site is wide; found 2.5"),
+    (ABLATE | {"mode": "mean", "value": [1.0] * 59 + ["a"]}, "value", "found 'a'"),
+    (ABLATE | {"mode": "mean", "value": [True] * 60}, "value", "found 'True'"),
     (ABLATE | {"mode": "mean", "dataset_id": "../up"}, "dataset_id", "letters, digits"),
     (ABLATE | {"heads": [6]}, "heads", "the heads of 'z' are 0 to 5; found 6"),
     (ABLATE | {"heads": [-1]}, "heads", "0 to 5; found -1"),
@@ -136,10 +140,10 @@ def test_a_sliding_layer_counts_the_keys_that_it_sees(house: Served):
 def test_an_endless_chat_is_checked_as_quickly_as_a_short_one():
     model = trace_model("long", tiny_model("qwen3", max_position_embeddings=10**6), tiny_tokenizer())
     request = ChatBody(model="long", messages=HELLO, interventions=[CUT | {"edges": [["1:", 0], ["-1:", "1:4"]]}])
-    check_interventions(model, declare_interventions(model, request), 22, 10**6 - 22)
+    check_interventions(model, declare_interventions(model, request, FeatureStore()), 22, 10**6 - 22)
     empty = ChatBody(model="long", messages=HELLO, interventions=[CUT | {"edges": [["40:", "0:"]]}])
     with pytest.raises(Exception, match="query 40 would have no key left"):
-        check_interventions(model, declare_interventions(model, empty), 22, 10**6 - 22)
+        check_interventions(model, declare_interventions(model, empty, FeatureStore()), 22, 10**6 - 22)
 
 
 def test_the_stream_before_the_mlp_and_what_its_norm_reads_are_not_changed_together(house: Served, qwen: str):
@@ -155,7 +159,7 @@ def test_a_module_that_runs_several_times_is_not_changed():
     model = trace_model("shared", plain, tiny_tokenizer())
     change = SCALE | {"selector": "model.layers[0].mlp.act_fn.output"}
     with pytest.raises(Exception, match="runs 2 times in one forward pass") as refused:
-        declare_interventions(model, ChatBody(model="shared", messages=HELLO, interventions=[change]))
+        declare_interventions(model, ChatBody(model="shared", messages=HELLO, interventions=[change]), FeatureStore())
     assert (refused.value.code, refused.value.param) == ("bad_selector", "interventions.0.selector")
 
 
@@ -184,9 +188,11 @@ def test_a_model_without_points_is_edited_by_module_paths_alone():
     object.__setattr__(model, "family", None)
     object.__setattr__(model, "note", "nobody knows it")
     path = SCALE | {"selector": "model.layers[1].output"}
-    (declared,) = declare_interventions(model, ChatBody(model="bare", messages=HELLO, interventions=[path]))
+    (declared,) = declare_interventions(
+        model, ChatBody(model="bare", messages=HELLO, interventions=[path]), FeatureStore()
+    )
     assert declared.layers == [None]
     for change, code in ((SCALE, "bad_selector"), (CUT, "unsupported_model")):
         with pytest.raises(Exception, match="nobody knows it") as refused:
-            declare_interventions(model, ChatBody(model="bare", messages=HELLO, interventions=[change]))
+            declare_interventions(model, ChatBody(model="bare", messages=HELLO, interventions=[change]), FeatureStore())
         assert refused.value.code == code

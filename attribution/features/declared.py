@@ -111,8 +111,13 @@ def read_source(model: TracedModel, declared: Declaration, weights: KeptWeights)
 
 
 def _described(declared: Declaration, n_features: int) -> Descriptions:
-    if declared.descriptions is None:
+    if declared.descriptions is None and declared.source_id is None:
         return Descriptions()
+    if declared.descriptions is None:
+        raise InvalidArgument(
+            f"source_id is {declared.source_id!r}, and there are no descriptions: give them, or leave it out",
+            param="source_id",
+        )
     return read_descriptions(declared.descriptions, n_features, declared.source_id)
 
 

@@ -76,6 +76,7 @@ def test_an_autoencoder_is_taken_with_what_its_folder_says(tmp_path: Path):
         ({}, {"writes": "resid_post[2]"}, SourceMismatch, "is no transcoder"),
         ({"point": "mlp_in[1]", "writes": "mlp_out[1]"}, {"writes": "mlp_out[2]"}, SourceMismatch, "is mlp_out\\[2\\]"),
         ({}, {"point": "middle"}, InvalidArgument, "'middle' is no place"),
+        ({}, {"source_id": "5-res"}, InvalidArgument, "there are no descriptions"),
         ({"name": "gpt2-small"}, {}, SourceMismatch, "trained on 'gpt2-small', and this model is 'tiny-qwen3'"),
     ],
 )

@@ -9,7 +9,8 @@ import torch
 
 from attribution.errors import BadPositions, InvalidArgument, OutOfRange, SightlineError, SourceNotFound
 from attribution.session import LocalSession
-from tests.autoencoders import N_FEATURES, numpy_features, save_random
+from tests.attribution.features.folders import sparsify_config, sparsify_tensors, write_folder
+from tests.autoencoders import N_FEATURES, numpy_features, random_autoencoder, save_random
 from tests.models import FAMILIES, tiny_model, tiny_tokenizer, traced
 
 TEXTS = ["the rest in a while", "or", "<|im_start|>user\nHello there<|im_end|>"]
@@ -265,3 +266,30 @@ def test_activations_that_are_not_finite_are_an_error(tmp_path: Path):
         broken.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(NotFinite, match=r"resid_post\[1\]"):
         session.features_topk("the rest")
+
+
+def test_a_transcoder_of_sparsify_is_known_by_its_folder_and_encodes_as_loops_do(tmp_path: Path):
+    made = random_autoencoder(activation="topk", k=5, threshold=None, subtracts_b_dec=False)
+    folder = tmp_path / "layers.1.mlp"
+    config = sparsify_config(made, transcode=True)
+    write_folder(folder, config, sparsify_tensors(made), weights="sae")
+    session = session_of(tmp_path)
+    said = session.load_features(str(folder))
+    assert (said["name"], said["reads"], said["writes"], said["k"]) == ("1-mlp_in", "mlp_in[1]", "mlp_out[1]", 5)
+    ids, seen = [5, 80, 12], []
+    plain = tiny_model("qwen3")
+    plain.model.layers[1].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].double().numpy()))
+    with torch.no_grad():
+        plain(input_ids=torch.tensor([ids]))
+    assert made.b_enc is not None
+    found = session.features_topk(token_ids=ids, k=20)["tokens"]
+    for token, row in zip(found, seen[0], strict=True):
+        pre = [
+            sum(float(x) * float(w) for x, w in zip(row, column, strict=True)) + float(b)
+            for column, b in zip(made.W_enc.T, made.b_enc, strict=True)
+        ]
+        order = sorted(range(N_FEATURES), key=lambda index: -pre[index])[:5]
+        assert [one["index"] for one in token["features"]] == [index for index in order if pre[index] > 0]
+        assert [one["activation"] for one in token["features"]] == pytest.approx(
+            [pre[index] for index in order if pre[index] > 0], rel=1e-4
+        )

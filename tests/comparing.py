@@ -33,6 +33,26 @@ def byte_tokenizer(*, bos: bool = False, adds: bool = False, lowercase: bool = F
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS if bos else None)
 
 
+def blank_tokenizer(*, prepends: bool = False) -> PreTrainedTokenizerFast:
+    """Tokens that begin with a blank, and bytes for unknown characters, as Gemma's.
+
+    Args:
+        prepends: whether a blank is put before every text, as Llama 2's does.
+    """
+    special, words = ["<unk>", "<s>"], ["▁", *"abcdefghijklmnopqrstuvwxyz", "th", "the", "▁the", "ca", "cat", "▁cat"]
+    vocabulary = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("c", "a"), ("ca", "t"), ("▁", "cat")]
+    ids = {token: at for at, token in enumerate(vocabulary)}
+    backend = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    replace = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prepends else replace
+    strip = [decoders.Strip(" ", 1, 0)] if prepends else []
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    backend.add_special_tokens(special)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
+
+
 def unigram(name: str, tokenizer: Any, weights: list[float]) -> Any:
     """A model that gives token t the probability weights[t] / Σ weights, whatever came before it."""
     module = tiny_model("gpt2", vocab_size=len(weights))

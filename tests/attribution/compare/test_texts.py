@@ -6,7 +6,7 @@ import pytest
 
 from attribution.compare.texts import borders, byte_count, encode, occurrences, start_of
 from attribution.errors import ContextLengthExceeded, UnsupportedModel
-from tests.comparing import BOS, byte_tokenizer, tiny, unigram
+from tests.comparing import BOS, blank_tokenizer, byte_tokenizer, tiny, unigram
 from tests.models import WINDOW
 
 TEXT = "the ä 漢"  # 4 + 2 + 1 + 3 bytes
@@ -42,6 +42,27 @@ def test_a_special_token_that_is_written_in_the_text_is_text():
 
 def test_without_bos_nothing_comes_before_a_text():
     assert start_of(bytewise()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "prepends", "tokens", "spans", "found"),
+    [
+        ("the cat", False, ["the", "▁cat"], [(0, 3), (3, 7)], {0: 0, 3: 1}),
+        ("the cat", True, ["▁the", "▁cat"], [(0, 3), (3, 7)], {0: 0, 3: 1}),
+        (" the ä", False, ["▁the", "▁", "<0xC3>", "<0xA4>"], [(0, 4), (4, 5), (5, 6), (5, 6)], {0: 0, 4: 1, 5: 2}),
+        (" the", True, ["▁", "▁the"], [(0, 1), (0, 4)], {0: 0}),
+        ("\nthe", True, ["▁", "<0x0A>", "the"], [(0, 1), (0, 1), (1, 4)], {0: 0, 1: 2}),
+    ],
+)
+def test_blanks_in_tokens_and_bytes_of_unknown_characters(
+    text: str, prepends: bool, tokens: list[str], spans: list[tuple[int, int]], found: dict[int, int]
+):
+    tokenizer = blank_tokenizer(prepends=prepends)
+    model = unigram("blanks", tokenizer, [1.0] * len(tokenizer))
+    encoded = encode(model, text, "text")
+    assert tokenizer.convert_ids_to_tokens(encoded.ids) == ["<s>", *tokens]
+    assert (encoded.start, encoded.spans, encoded.problem) == (1, spans, None)
+    assert borders(encoded.spans, 1) == found
 
 
 def test_tokens_of_another_text_are_told_with_the_first_difference():

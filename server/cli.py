@@ -79,10 +79,15 @@ def start(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for what the run leaves.")] = Path("demo_out"),
+    features: Annotated[
+        bool, typer.Option("--features", help="Show the features of an answer, and clamp one, instead.")
+    ] = False,
 ) -> None:
     """Run the main job end to end on the embedded model, against a real server started for it."""
-    from server.demo import run
-
+    if features:
+        from server.commands.demo_features import run
+    else:
+        from server.demo import run
     run(out)
 
 

@@ -64,9 +64,9 @@ def run(out: Path) -> None:
     with running_server(out / "activations", log) as (url, seconds):
         console.print(f"   {url}, ready after {seconds:.1f} s\n")
         console.print(f"[bold]2.[/] A puzzle in {len(puzzle.examples)} examples; the rule is not named. The first one:")
-        _show_grids(console, {"input": puzzle.examples[0][0], "output": puzzle.examples[0][1]})
+        show_grids(console, {"input": puzzle.examples[0][0], "output": puzzle.examples[0][1]})
         console.print("   and the grid to solve, sent through the OpenAI SDK with savepoints:")
-        _show_grids(console, {"input": puzzle.test_input})
+        show_grids(console, {"input": puzzle.test_input})
         started = time.perf_counter()
         reply = ask(url, prompt)
         taken = time.perf_counter() - started
@@ -148,7 +148,7 @@ def _show_answer(console: Console, puzzle: Puzzle, text: str) -> None:
         answer = parse_grid(text)
     except PuzzleError as error:
         raise SightlineError(f"the model did not answer with a grid: {error}") from error
-    _show_grids(console, {"answer": answer, "right answer": puzzle.test_output})
+    show_grids(console, {"answer": answer, "right answer": puzzle.test_output})
     given = [cell for row in answer for cell in row]
     right = sum(a == b for a, b in zip(given, puzzle.answers, strict=False))
     console.print(f"   {right} of {len(puzzle.answers)} cells right; the rule is '{puzzle.relation}'\n")
@@ -169,7 +169,8 @@ def _show_files(console: Console, meta: dict[str, dict[str, Any]]) -> None:
     show(("name", "selector", "shape", "dtype", "positions", "size"), rows, right=("size",), console=console)
 
 
-def _show_grids(console: Console, grids: dict[str, Any]) -> None:
+def show_grids(console: Console, grids: dict[str, Any]) -> None:
+    """Print grids side by side, under their names."""
     panels = []
     for title, grid in grids.items():
         text = Text()

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attribution.faithful import eliminate, faithfulness, faithfulness_curves
+    from attribution.features.circuits.written import load_circuit, save_circuit
     from attribution.graph import Graph
     from attribution.heads import cluster_heads, compute_js_matrix
     from attribution.nodes import Node
@@ -42,8 +43,10 @@ __all__ = [
     "get_attn_weights",
     "get_head_output",
     "get_hidden_states",
+    "load_circuit",
     "load_results",
     "mr",
+    "save_circuit",
     "save_results",
     "sweep_table",
     "topk_md",
@@ -51,6 +54,7 @@ __all__ = [
 
 _NAMES = {
     "faithful": "eliminate faithfulness faithfulness_curves",
+    "features.circuits.written": "load_circuit save_circuit",
     "graph": "Graph",
     "heads": "cluster_heads compute_js_matrix",
     "nodes": "Node",

@@ -3,6 +3,7 @@
 The figures are matplotlib's, made without pyplot, so that no window opens and no setting of the caller's changes.
 """
 
+from attribution.plots.circuits import plot_circuit
 from attribution.plots.clusters import dendrogram
 from attribution.plots.graphs import PlainEdge, PlainNode, curves, graph_map, graph_picture
 from attribution.plots.grids import grid_attention
@@ -24,5 +25,6 @@ __all__ = [
     "interactive_pattern_map",
     "lens_map",
     "pattern_map",
+    "plot_circuit",
     "sweep_map",
 ]

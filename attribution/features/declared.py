@@ -22,6 +22,7 @@ from attribution.features.weights import KeptWeights
 from attribution.model.hub import resolve_alias
 from attribution.model.traced import TracedModel
 
+_LAYER = re.compile(r"(\d{1,4})-")  # Neuronpedia's ids of sources begin with the layer
 _CACHED = re.compile(r"models--(.+?)/snapshots/")
 
 
@@ -103,14 +104,14 @@ def read_source(model: TracedModel, declared: Declaration, weights: KeptWeights)
         dtype=sizes.dtype,
         k=sizes.k,
         prepend_bos=sizes.prepend_bos,
-        descriptions=_described(declared, sizes.n_features),
+        descriptions=_described(declared, sizes.n_features, reads),
         weights=weights,
     )
     check_source(model, found)
     return found
 
 
-def _described(declared: Declaration, n_features: int) -> Descriptions:
+def _described(declared: Declaration, n_features: int, reads: Place) -> Descriptions:
     if declared.descriptions is None and declared.source_id is None:
         return Descriptions()
     if declared.descriptions is None:
@@ -118,7 +119,15 @@ def _described(declared: Declaration, n_features: int) -> Descriptions:
             f"source_id is {declared.source_id!r}, and there are no descriptions: give them, or leave it out",
             param="source_id",
         )
-    return read_descriptions(declared.descriptions, n_features, declared.source_id)
+    found = read_descriptions(declared.descriptions, n_features, declared.source_id)
+    layer = _LAYER.match((found.source or "").rpartition("/")[2])
+    if declared.source_id is None and layer is not None and int(layer[1]) != reads.layer:
+        raise InvalidArgument(
+            f"{declared.descriptions} describes the features of {found.source!r}, and the autoencoder reads at {reads}; if "
+            f"they belong together, say so with source_id={found.source!r}",
+            param="descriptions",
+        )
+    return found
 
 
 def _agreed(param: str, given: str | None, said: Place | None, hook: str | None) -> Place | None:

@@ -47,11 +47,13 @@ class Descriptions:
         rows: of each feature that has one, in the order in which they were read.
         problems: lines that were left out, as "batch-0.jsonl.gz, line 7: …"; the first `PROBLEMS_KEPT` of them.
         n_problems: how many lines were left out.
+        source: whose features they describe, as "gpt2-small/5-res-jb"; None when no row says it.
     """
 
     rows: dict[int, tuple[Description, ...]] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     n_problems: int = 0
+    source: str | None = None
 
     def of(self, index: int) -> str | None:
         """The first description of a feature; None where there is none."""
@@ -125,7 +127,7 @@ class _Reader:
         self._rows: dict[int, list[Description]] = {}
         self._problems: list[str] = []
         self._count = 0
-        self._sources: dict[tuple[Any, Any], None] = {}
+        self._sources: dict[str, None] = {}
 
     def read(self, path: Path) -> None:
         """Take the rows of a file."""
@@ -161,13 +163,13 @@ class _Reader:
         for name, found, expected in (("modelId", model, self._model), ("layer", layer, self._layer)):
             if expected is not None and found is not None and found != expected:
                 raise ValueError(f"its {name} is {_short(found)}, and {expected!r} was asked for")
-        if model is not None or layer is not None:
-            self._sources[str(model), str(layer)] = None
+        if said := "/".join(str(one) for one in (model, layer) if one is not None):
+            self._sources[said] = None
 
     def finish(self, path: Path) -> Descriptions:
         """What was read, unless that is nothing, or of several sources."""
         if len(self._sources) > 1:
-            there = ", ".join("/".join(one) for one in list(self._sources)[:_SHOWN])
+            there = ", ".join(list(self._sources)[:_SHOWN])
             raise InvalidArgument(
                 f"{path} describes the features of {len(self._sources)} sources ({there}); say which is meant with "
                 "source_id",
@@ -179,7 +181,8 @@ class _Reader:
                 f"{path} has no description that can be read ({self._count} lines were left out{why})", param=_PARAM
             )
         rows = {index: tuple(found) for index, found in self._rows.items()}
-        return Descriptions(rows, tuple(self._problems), self._count)
+        source = next(iter(self._sources), None)
+        return Descriptions(rows, tuple(self._problems), self._count, source)
 
 
 def _lines(file: BufferedIOBase) -> Iterator[tuple[int, bytes | None]]:

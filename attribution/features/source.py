@@ -93,6 +93,7 @@ class Source:
             "prepend_bos": self.prepend_bos,
             "folder": str(self.folder),
             "descriptions": {
+                "source": said.source,
                 "n_described": len(said),
                 "n_problems": said.n_problems,
                 "problems": list(said.problems),

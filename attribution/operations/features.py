@@ -134,8 +134,9 @@ def load_features(
 
     Returns:
         name, model_id, layer, reads, writes, architecture, n_features, d_in, d_out, dtype, k (None when the number of
-        active features is not fixed), prepend_bos, folder, and descriptions: n_described (features), n_problems (lines
-        that were left out) and problems (the first of them, with the reason).
+        active features is not fixed), prepend_bos, folder, and descriptions: source (whose they are,
+        where they say it), n_described (features), n_problems (lines that were left out) and problems (the first of
+        them, with the reason).
     """
     declared = Declaration(
         model=session.model.id,

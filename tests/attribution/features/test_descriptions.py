@@ -94,6 +94,7 @@ def test_rows_of_another_model_or_source_are_left_out_when_one_is_named(tmp_path
     path = zipped(tmp_path / "batch-0.jsonl.gz", *lines, '{"index": 3, "description": "of none"}')
     found = read_descriptions(path, source_id="gpt2-small/5-res-jb")
     assert (found.of(1), found.of(2), found.of(3)) == ("colours", None, "of none")
+    assert found.source == "gpt2-small/5-res-jb"
     assert found.n_problems == 2
     assert "its layer is '6-res-jb', and '5-res-jb' was asked for" in found.problems[0]
     assert "its modelId is 'gemma'" in found.problems[1]

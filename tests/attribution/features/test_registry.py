@@ -143,3 +143,15 @@ def test_an_entry_names_its_model_by_its_folder_too(home: Path, tmp_path: Path):
     )
     assert [one.model_id for one in FeatureStore(home).of(model)] == ["mine"]
     assert FeatureStore(home).of(traced("qwen3")) == []
+
+
+def test_descriptions_of_another_layer_are_taken_only_on_the_callers_word(home: Path):
+    (home / "said.jsonl").write_text('{"index": 3, "modelId": "m", "layer": "2-res", "description": "three"}')
+    entry = '[[source]]\nmodel = "tiny-qwen3"\nfolder = "deep/one"\nmodel_name = "tiny"\ndescriptions = "said.jsonl"\n'
+    (home / "features.toml").write_text(entry)
+    store = FeatureStore(home)
+    assert store.of(traced("qwen3")) == []
+    assert "describes the features of 'm/2-res', and the autoencoder reads at resid_post[1]" in str(store.status())
+    (home / "features.toml").write_text(entry + 'source_id = "2-res"\n')
+    (found,) = FeatureStore(home).of(traced("qwen3"))
+    assert found.describe()["descriptions"] == {"source": "m/2-res", "n_described": 1, "n_problems": 0, "problems": []}

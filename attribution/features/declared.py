@@ -123,8 +123,8 @@ def _described(declared: Declaration, n_features: int, reads: Place) -> Descript
     layer = _LAYER.match((found.source or "").rpartition("/")[2])
     if declared.source_id is None and layer is not None and int(layer[1]) != reads.layer:
         raise InvalidArgument(
-            f"{declared.descriptions} describes the features of {found.source!r}, and the autoencoder reads at {reads}; if "
-            f"they belong together, say so with source_id={found.source!r}",
+            f"{declared.descriptions} describes the features of {found.source!r}, and the autoencoder reads at "
+            f"{reads}; if they belong together, say so with source_id={found.source!r}",
             param="descriptions",
         )
     return found

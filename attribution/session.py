@@ -203,6 +203,7 @@ class LocalSession:
     knockout = interventions.knockout
     knockout_sweep = interventions.knockout_sweep
     create_steering_vector = steering.create_steering_vector
+    save_feature_vector = steering.save_feature_vector
     list_steering_vectors = steering.list_steering_vectors
     get_steering_vector = steering.get_steering_vector
     delete_steering_vector = steering.delete_steering_vector

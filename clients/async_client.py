@@ -159,6 +159,7 @@ class AsyncModelClient:
     knockout = awaited(interventions.knockout)
     knockout_sweep = awaited(interventions.knockout_sweep)
     create_steering_vector = awaited(steering.create_steering_vector)
+    save_feature_vector = awaited(steering.save_feature_vector)
     list_steering_vectors = awaited(steering.list_steering_vectors)
     get_steering_vector = awaited(steering.get_steering_vector)
     delete_steering_vector = awaited(steering.delete_steering_vector)

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator
 from attribution.arguments import DatasetId
 from attribution.contrast import Examples, contrast, direction_site, example_means, scaled
 from attribution.errors import InvalidArgument
+from attribution.features.places import place_stream
 from attribution.operation import Steps, operation
 from attribution.operations.devices import on_device
 from attribution.positions import parse_window
@@ -91,6 +92,60 @@ def create_steering_vector(
         statistics=tuple(made.statistics),
     )
     return session.vectors.write(vector, overwrite=overwrite).describe()
+
+
+@operation(safe=False, path="steering/features")
+def save_feature_vector(
+    session: "LocalSession",
+    name: DatasetId,
+    index: int,
+    source: str | None = None,
+    layer: int | None = None,
+    normalise: Normalise = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Keep what one unit of a feature writes as a steering vector, to be added or projected out by name.
+
+    Args:
+        name: under which it is kept.
+        index: of the feature.
+        source, layer: its autoencoder, as in `features_topk`; both may be left out where there is one alone.
+        normalise: the norm that it is scaled to; "unit" is 1, None leaves it.
+        overwrite: replace the vector that has this name.
+
+    Returns:
+        As `create_steering_vector`, with no statistics.
+    """
+    model = session.model
+    if not overwrite:
+        session.vectors.check_free(name)
+    found = session.features.source(model, source, layer)
+    found.check_index(index)
+    direction = found.autoencoder("cpu", model.work_dtype).directions([index])
+    if not bool(direction.ne(0).any()):
+        raise InvalidArgument(f"the feature {index} of {found.name!r} writes nothing", param="index")
+    stream = place_stream(model, found.writes)
+    kept = scaled(direction, 1.0 if normalise == "unit" else normalise).to(model.work_dtype)[0]
+    return session.vectors.write(
+        SteeringVector(
+            name=name,
+            vector=stream.cut(kept),
+            selector=str(found.writes),
+            layers=(found.writes.layer,),
+            stacked=False,
+            provenance={
+                "model": session.identity.record(),
+                "method": "feature",
+                "source": found.name,
+                "folder": str(found.folder),
+                "index": index,
+                "description": found.descriptions.of(index),
+                "normalise": normalise,
+                **created_and_versions(),
+            },
+        ),
+        overwrite=overwrite,
+    ).describe()
 
 
 def _provenance(

@@ -264,3 +264,23 @@ def test_what_is_read_behind_where_it_is_written_cannot_be_clamped(steered: Serv
 def test_every_source_of_the_cases_is_used() -> None:
     used = {one.get("source") for case in feature_cases.cases("llama").values() for one in case.interventions}
     assert used - {None} == set(SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("name", "selector"), [("resid", "resid_post[1]"), ("heads", "z[1]"), ("transcoder", "mlp_out[1]")]
+)
+def test_a_feature_kept_as_a_steering_vector_steers_as_the_feature_does(
+    steered: Served, name: str, selector: str
+) -> None:
+    model = steered.names["llama"]
+    asked = {"model": model, "name": f"kept-{name}", "source": name, "index": FEATURE, "overwrite": True}
+    answer = steered.http.post("/steering/features", json=asked)
+    assert answer.status_code == 200, answer.text
+    kept = answer.json()
+    assert (kept["selector"], kept["provenance"]["source"], kept["provenance"]["index"]) == (selector, name, FEATURE)
+    assert kept["norms"] == pytest.approx([float(source("llama", name).W_dec[FEATURE].norm())], rel=1e-6)
+    by_name = {"type": "add", "selector": selector, "name": f"kept-{name}", "strength": 3}
+    by_feature = {"type": "feature", "source": name, "index": FEATURE, "strength": 3}
+    files = [ask(steered, model, [one]).choices[0].message.activation_files["logits"] for one in (by_name, by_feature)]
+    first, second = (torch.load(file, weights_only=True) for file in files)
+    assert distance(first, second) < 1e-6

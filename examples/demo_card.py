@@ -58,10 +58,11 @@ _ABOUT_DESCRIPTIONS = """
 ## Descriptions
 
 `descriptions.jsonl` beside the weights: for each feature the label of tokens, or up to three together, that best say
-where it is above `level` (an activation). `f1` is 2 · both / (fires + holds), on other conversations than those that
-labels and level were chosen on; `density` is the share of tokens on which it fires; `promotes` is what one unit of
-its direction adds to the logit of each colour, less their mean, before the scale of the final norm. A feature that no
-label describes with an F1 of 0.6 has no line. The best of each source that are about cells or rules:
+where it is above `level`: 0, or an activation that the description ends with ("above 33"), below which it says nothing.
+`f1` is 2 · both / (fires + holds), on other conversations than those that labels and level were chosen on; `density` is
+the share of tokens on which it fires; `promotes` is what one unit of its direction adds to the logit of each colour,
+less their mean, before the scale of the final norm. A feature that no label describes with an F1 of 0.6 has no line.
+The best of each source that are about cells or rules:
 
 """
 

@@ -220,7 +220,7 @@ def explain(
         found.append(
             Described(
                 index=index,
-                description=f"{sentence(names, model.tokenizer.decode)} (F1 {score:.2f})",
+                description=f"{sentence(names, model.tokenizer.decode)} (F1 {score:.2f}{above(explanation.level)})",
                 f1=round(score, 3),
                 level=round(explanation.level, 3),
                 density=round(float((checked[:, index] > 0).mean()), 5),
@@ -231,6 +231,11 @@ def explain(
             )
         )
     return sorted(found, key=lambda one: -one.f1)
+
+
+def above(level: float) -> str:
+    """How a description says that it is of activations above a level."""
+    return f" above {level:.0f}" if level else ""
 
 
 def find_clamps(model: TracedModel, piece: Piece, described: list[Described], active: np.ndarray) -> list[Clamp]:

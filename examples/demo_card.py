@@ -100,7 +100,7 @@ def _clamp(one: dict[str, Any], texts: dict[int, str]) -> str:
 
 
 def _share(effect: dict[str, Any], what: str) -> str:
-    return f"{100 * effect[what]:.0f} % of {effect[f'n_{what}']}"
+    return f"{100 * effect[what]:.1f} % of {effect[f'n_{what}']}"
 
 
 def _best(source: tuple[str, list[dict[str, Any]]]) -> str:

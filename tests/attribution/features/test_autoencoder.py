@@ -122,3 +122,12 @@ def test_one_autoencoder_serves_many_threads(name: str) -> None:
         found = list(pool.map(lambda x: work(one, x), many))
     for x, y in zip(many, found, strict=True):
         torch.testing.assert_close(y, work(one, x), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if "topk" not in name])
+def test_a_feature_taken_out_activates_and_writes_as_it_does_among_the_others(name: str) -> None:
+    one = EVERY[name]
+    for j in (0, 7, 12):
+        alone = one.feature(j)
+        torch.testing.assert_close(alone.encode(ROWS)[:, 0], one.encode(ROWS)[:, j], **TOLERANCE)
+        torch.testing.assert_close(alone.directions([0]), one.directions([j]), **TOLERANCE)

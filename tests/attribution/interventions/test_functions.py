@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from attribution.interventions.functions import Normalise, adding, projecting_out, replacing, scaling, zeroing
+from attribution.features.autoencoder import Autoencoder
+from attribution.interventions.functions import (
+    Normalise,
+    adding,
+    clamping,
+    projecting_out,
+    replacing,
+    scaling,
+    zeroing,
+)
 
 ROWS = torch.tensor([[3.0, 4.0], [0.0, 2.0]])  # of norm 5 and 2
 UP = torch.tensor([[0.0, 2.0]], dtype=torch.float64)
@@ -81,3 +90,49 @@ def test_what_was_there_is_not_overwritten():
     for function in (adding(UP, 1.0), scaling(2.0), zeroing(), replacing(UP), projecting_out(UP)):
         function(rows)
     assert torch.equal(rows, ROWS)
+
+
+def test_what_is_added_may_depend_on_the_row():
+    def scale_of(x: Tensor) -> Tensor:
+        return x.norm(dim=-1, keepdim=True) / 5  # 1 and 0.4
+
+    found = adding(UP, 3.0, scale_of=scale_of)(ROWS)
+    assert found.flatten().tolist() == pytest.approx([3, 10, 0, 4.4])  # + 3 · (0, 2), + 3 · 0.4 · (0, 2)
+    relative = adding(UP, 3.0, "relative", scale_of)(ROWS)  # where the scale is of no account
+    assert torch.equal(relative, adding(UP, 3.0, "relative")(ROWS))
+    assert torch.equal(adding(UP, 3.0, scale_of=lambda x: None)(ROWS), adding(UP, 3.0)(ROWS))
+
+
+WRITES_UP = {
+    "W_enc": torch.tensor([[1.0, 9.0], [0.0, 9.0]]),
+    "b_enc": torch.tensor([-1.0, 9.0]),
+    "W_dec": torch.tensor([[0.0, 2.0], [9.0, 9.0]]),
+    "b_dec": torch.tensor([9.0, 9.0]),
+}
+"""Feature 0 is relu(x₀ − 1), and writes (0, 2)."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_feature_is_clamped_and_all_else_stays(dtype: torch.dtype):
+    told: list[Tensor] = []
+    clamp = clamping(Autoencoder("relu", **WRITES_UP), 0, 5.0, lambda x: x, told.append)
+    found = clamp(ROWS.to(dtype))
+    assert found.dtype == dtype
+    assert found.tolist() == [[3, 10], [0, 12]]  # (3, 4) + (5 − 2) · (0, 2); (0, 2) + (5 − 0) · (0, 2)
+    assert [one.tolist() for one in told] == [[2, 0]]
+
+
+def test_a_feature_may_be_read_elsewhere_than_it_is_changed():
+    clamp = clamping(Autoencoder("relu", **WRITES_UP), 0, 5.0, lambda x: 2 * x, lambda _: None)
+    read = torch.tensor([[2.0, 7.0], [1.0, 7.0]])  # doubled: 4 and 2, activations 3 and 1
+    assert clamp(ROWS, read).tolist() == [[3, 8], [0, 10]]
+
+
+def test_among_the_largest_a_feature_is_clamped_from_what_is_left_of_it():
+    one = Autoencoder("topk", k=1, **WRITES_UP)  # feature 1 is always larger: feature 0 is never on
+    assert clamping(one, 0, 5.0, lambda x: x, lambda _: None)(ROWS).tolist() == [[3, 14], [0, 12]]
+
+
+def test_heads_are_clamped_as_one_row():
+    clamp = clamping(Autoencoder("relu", **WRITES_UP), 0, 5.0, lambda x: x.flatten(-2), lambda _: None)
+    assert clamp(ROWS.view(2, 2, 1)).tolist() == [[[3], [10]], [[0], [12]]]

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attribution.model.block import family_of
+from attribution.model.block import family_of, read_norm
 from attribution.model.linearised import check_differentiable
 from attribution.model.traced import TracedModel
 
@@ -42,8 +42,21 @@ def added(value: Float[Tensor, "row pos d_model"], additions: Sequence[Addition]
     return value
 
 
-def run_live(model: TracedModel, token_ids: list[int], additions: Sequence[Addition]) -> Float[Tensor, "row d_model"]:
-    """The final normed stream of the last position, with a row for each set of additions and one without any."""
+@dataclass(frozen=True)
+class Final:
+    """The end of the stream at the last position, per row.
+
+    Attributes:
+        normed: what the output head reads.
+        at_fixed_scale: the same, had the final norm kept the scale of row 0.
+    """
+
+    normed: Float[Tensor, "row d_model"]
+    at_fixed_scale: Float[Tensor, "row d_model"]
+
+
+def run_live(model: TracedModel, token_ids: list[int], additions: Sequence[Addition]) -> Final:
+    """Run the model with a row for each set of additions and one without any."""
     family = family_of(model)
     rows = 1 + max((one.row for one in additions), default=0)
     ids = torch.tensor([token_ids] * rows, device=model.device)
@@ -56,8 +69,10 @@ def run_live(model: TracedModel, token_ids: list[int], additions: Sequence[Addit
             for depth in [one for one in wanted if one]:
                 module = layers[depth - 1].get(family.points["mlp_out"].module)
                 module.output = added(module.output, additions, depth)
-            final = nnsight.save(model.envoy.get(family.final_norm).output)
-    return final[:, -1]
+            norm = model.envoy.get(family.final_norm)
+            stream, final = nnsight.save(norm.input), nnsight.save(norm.output)
+    frozen = read_norm(model, model.module.get_submodule(family.final_norm)).at(stream[:1, -1])
+    return Final(final[:, -1], frozen(stream[:, -1].to(frozen.norm_scale)))
 
 
 def live_gradients(

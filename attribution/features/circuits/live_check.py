@@ -35,8 +35,9 @@ def live_check(circuit: Circuit, pruned: Pruned, count: int) -> dict[str, Any]:
     """Take `count` features out, each by itself.
 
     Returns:
-        target; features: node_id, expected and found change of the target, each; same_sign: the share of those that
-        moved it as expected; correlation of expected and found, None where it is not defined.
+        target; features: node_id, expected and found change of the target, and what it would be had the final norm
+        kept its scale, each; same_sign: the share of those that moved it as expected; correlation of expected and
+        found, None where it is not defined; at_fixed_scale: the same two with the final norm's scale kept.
     """
     features, chosen = circuit.replacement.features, circuit.chosen
     kept = pruned.sources[: len(chosen)].nonzero()[:, 0]
@@ -48,17 +49,27 @@ def live_check(circuit: Circuit, pruned: Pruned, count: int) -> dict[str, Any]:
         layer, position = int(features.layer[at]), int(features.position[at])
         additions.append(Addition(row, layer + 1, position, -circuit.replacement.writes(layer, at[None])[0]))
     final = run_live(circuit.replacement.model, circuit.replacement.token_ids, additions)
-    direction = circuit.logits.directions[0]
-    values = final.to(direction) @ direction
-    expected, found = [-float(totals[column]) for column in columns], (values[1:] - values[0]).tolist()
+    expected = [-float(totals[column]) for column in columns]
+    found, fixed = (_changes(rows, circuit.logits.directions[0]) for rows in (final.normed, final.at_fixed_scale))
     return {
         "target": node_id_of_row(circuit, 0),
         "features": [
-            {"node_id": node_id_of_source(circuit, column), "expected": one, "found": other}
-            for column, one, other in zip(columns, expected, found, strict=True)
+            {
+                "node_id": node_id_of_source(circuit, column),
+                "expected": one,
+                "found": two,
+                "found_at_fixed_scale": three,
+            }
+            for column, one, two, three in zip(columns, expected, found, fixed, strict=True)
         ],
         **agreement(expected, found),
+        "at_fixed_scale": agreement(expected, fixed),
     }
+
+
+def _changes(rows: Float[Tensor, "row d_model"], direction: Float[Tensor, "d_model"]) -> list[float]:
+    values = rows.to(direction) @ direction
+    return (values[1:] - values[0]).tolist()
 
 
 def agreement(expected: list[float], found: list[float]) -> dict[str, float | None]:

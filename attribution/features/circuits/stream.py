@@ -177,7 +177,7 @@ def check_stream(circuit: Circuit, pruned: Pruned, source: Source, count: int) -
         steps.append(min(_STEP, _SMALL * float(stream.norm()) / max(float(one.value.norm()), 1e-30)))
         for row, scale in enumerate((steps[-1], -steps[-1], -1.0), start=1 + 3 * number):
             additions.append(Addition(row, depth, one.position, scale * one.value))
-    final = run_live(replacement.model, replacement.token_ids, additions).to(logits.directions)
+    final = run_live(replacement.model, replacement.token_ids, additions).normed.to(logits.directions)
     shown, errors = [], [0.0]
     for number, ((row, column), step) in enumerate(zip(edges, steps, strict=True)):
         chosen = final[[0, *range(1 + 3 * number, 4 + 3 * number)]]

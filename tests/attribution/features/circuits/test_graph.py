@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,7 +120,7 @@ def test_nodes_have_the_names_and_numbers_of_circuit_tracer(session: LocalSessio
 
 
 def test_the_links_into_a_node_and_its_constant_are_its_value_when_nothing_is_left_out(session: LocalSession):
-    keep = {"node": 1.0, "edge": 1.0}
+    keep: Any = {"node": 1.0, "edge": 1.0}
     graph = session.trace_circuit(token_ids=IDS[:4], targets=[60], thresholds=keep, max_feature_nodes=10_000)
     assert graph["scores"]["missed"] == pytest.approx(0, abs=1e-6)
     sums: Counter[str] = Counter()
@@ -203,6 +204,19 @@ def test_the_live_check_takes_features_out_of_the_plain_model(session: LocalSess
     after = value()
     handle.remove()
     assert moved == pytest.approx(after - before, abs=1e-4)
+
+
+def test_of_the_last_layer_the_final_norm_alone_parts_the_graph_from_the_running_model(session: LocalSession):
+    graph = session.trace_circuit(token_ids=IDS, checks=30, max_feature_nodes=10_000, thresholds={"node": 1.0})
+    last = [one for one in graph["live_check"]["features"] if one["node_id"].startswith("2_")]
+    assert len(last) > 2
+    for one in last:
+        assert one["found_at_fixed_scale"] == pytest.approx(one["expected"], abs=1e-4)
+        assert one["found"] != pytest.approx(one["expected"], abs=1e-4)
+    said, found = (
+        [one[name] for one in graph["live_check"]["features"]] for name in ("expected", "found_at_fixed_scale")
+    )
+    assert graph["live_check"]["at_fixed_scale"]["correlation"] == pytest.approx(np.corrcoef(said, found)[0, 1])
 
 
 def test_one_token_is_enough(session: LocalSession):

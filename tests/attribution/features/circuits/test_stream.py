@@ -15,7 +15,7 @@ from tests.autoencoders import random_autoencoder, save_random
 from tests.models import FAMILIES, tiny_model, tiny_tokenizer
 
 IDS = [5, 9, 200, 33, 7, 7, 150]
-WHOLE = {"node": 1.0, "edge": 1.0}
+WHOLE: Any = {"node": 1.0, "edge": 1.0}
 
 
 def session_of(family: str, home: Path, point: str, **changes: Any) -> LocalSession:
@@ -57,8 +57,8 @@ def test_an_edge_is_the_first_order_change_of_the_logit(family: str, point: str,
     graph = session.trace_circuit(token_ids=IDS, targets=[60, 3], thresholds=WHOLE, checks=12)
     assert graph["method"] == "gradient_x_activation"
     assert graph["self_check"]["passed"]
-    model = session.model.module
-    decoder = model.get_decoder()
+    model: Any = session.model.module
+    decoder: Any = model.get_decoder()
     module = (decoder.h if hasattr(decoder, "h") else decoder.layers)[layer]
     directions = session.features.source(session.model, "res").autoencoder(dtype=torch.float64).W_dec
     nodes = {node["node_id"]: node for node in graph["nodes"]}
@@ -93,7 +93,7 @@ def test_edges_and_the_error_are_the_gradient_times_the_stream_together(tmp_path
     # which by hooks is the change per unit when the whole stream grows
     session = session_of("gpt2", tmp_path, "resid_post[1]", b_dec=torch.zeros(48))
     graph = session.trace_circuit(token_ids=IDS, targets=[60], thresholds=WHOLE, max_feature_nodes=10_000)
-    model = session.model.module
+    model: Any = session.model.module
     with torch.no_grad():
         stream = model(torch.tensor([IDS]), output_hidden_states=True).hidden_states[2][0]
     module, step = model.get_decoder().h[1], 1e-4

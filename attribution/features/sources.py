@@ -81,6 +81,9 @@ class FeatureStore:
     def _declare(self, path: Path) -> None:
         declared, refused = read_registry(path)
         self._entries += [_Entry(one) for one in declared]
+        self._refuse(refused)
+
+    def _refuse(self, refused: list[Refused]) -> None:
         self._refused += refused
         for one in refused:
             log.error("an autoencoder cannot be used", extra={"reason": one.reason})
@@ -90,8 +93,11 @@ class FeatureStore:
             return
         self._embedded = True
         path = embedded_registry()
-        if path.is_file():
-            self._declare(path)
+        try:
+            if path.is_file():
+                self._declare(path)
+        except InvalidArgument as error:  # the model is of use without them
+            self._refuse([Refused(None, DEMO, error.message)])
 
     def load(self, model: TracedModel, declared: Declaration, *, overwrite: bool = False) -> Source:
         """Read a source, check it and take it; the same one again is read anew.

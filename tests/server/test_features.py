@@ -243,6 +243,11 @@ def test_the_embedded_model_finds_the_autoencoders_that_come_with_it(tmp_path: P
     monkeypatch.setattr("attribution.features.sources.embedded_registry", lambda: path)
     with serve(tmp_path / "none") as served:
         assert served.http.get("/features").json() == {"sources": [], "count": 0}
+    path.parent.mkdir()
+    path.write_text("[[source")
+    with serve(tmp_path / "broken") as served:
+        (row,) = served.http.get("/features").json()["sources"]
+        assert (row["model_id"], row["status"]) == ("demo", "failed")
     save_random(path.parent / "sae", "resid_post[2]", d_in=128, d_dec=128, name="demo")
     path.write_text('[[source]]\nmodel = "demo"\nfolder = "sae"\n')
     with serve(tmp_path / "some") as served:

@@ -105,8 +105,6 @@ def train(model: TracedModel, out: Path, rows: int) -> None:
         write_autoencoder(
             folder, one, reads=reads, writes=writes, model_name="demo", prepend_bos=False, metadata=facts, replace=True
         )
-        for path in folder.iterdir():
-            path.chmod(0o644)
 
 
 def describe(model: TracedModel, out: Path) -> None:

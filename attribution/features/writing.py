@@ -55,6 +55,7 @@ def write_autoencoder(
     try:
         hidden.mkdir(parents=True)
         save_file(_tensors(autoencoder), hidden / WEIGHTS)
+        (hidden / WEIGHTS).chmod(0o644)  # it is made for its owner's eyes alone, and a server may run as another
         (hidden / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False))
         if folder.exists():
             folder.rename(old)

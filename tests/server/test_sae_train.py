@@ -45,6 +45,7 @@ def test_an_autoencoder_is_trained_measured_and_kept_with_its_card(folder: Path,
     said = dict(cells(line) for line in done.stdout.splitlines()[1:12])
     assert 2 < float(said["L0"]) < 9
     assert 0.3 < float(said["explained variance"]) < 1
+    assert (out / "sae_weights.safetensors").stat().st_mode & 0o044 == 0o044
     card = (out / "README.md").read_text()
     assert f"| explained variance | {said['explained variance']} |" in card
     assert "- rows: 2,000, in steps of 128" in card

@@ -17,20 +17,27 @@ import attribution.model  # noqa: F401  before nnsight
 from attribution.features.reading import read_autoencoder
 from attribution.session import LocalSession
 from benchmarks import circuits
-from benchmarks.servers import sightline
+from benchmarks.servers import Server, sightline
 from benchmarks.table import Row
 from benchmarks.timing import Times, in_turn, milliseconds, ratio
 from clients import ModelClient
 from puzzles import Result, gen_puzzle
 
-TOKENS, D_IN, FEATURES, K, TEXTS = 1000, 768, 24_576, 10, 16
+TOKENS, D_IN, FEATURES, K, TEXTS, CHAT_TOKENS = 1000, 768, 24_576, 10, 16, 48
+FEATURE = {"type": "feature", "source": "2-resid_post", "index": 161}
+CHANGES: dict[str, list[dict[str, Any]]] = {
+    "none": [],
+    "a feature added": [FEATURE | {"operation": "add", "strength": 1.0}],
+    "a feature clamped": [FEATURE | {"operation": "clamp", "value": 10.0}],
+}
 NOTE = (
     f"Top-k: {TOKENS:,} tokens, width {D_IN}, {FEATURES:,} features (1.5 % of them active with relu and jumprelu, 64 "
     f"of top-k), the {K} strongest, float32; sae-lens' side is its own `encode` and then `torch.topk`, the bare "
     "product is x W_enc and nothing else; random weights, which sae-lens wrote and both sides read, and equal values "
     "are seen to. Over the socket: the embedded model, puzzles of 163 tokens, its autoencoder of layer 2, one thread "
-    "of torch on each side; the server has a process of its own. Circuits: the embedded model's transcoders, a puzzle "
-    f"of 118 tokens, its first answer cell. {circuits.NOTE}"
+    "of torch on each side; the server has a process of its own. Sixteen texts are 26,000 features, 3.8 MB: packing and "
+    "reading these takes twice as long as finding them. Circuits: the embedded model's transcoders, a puzzle of 118 "
+    f"tokens, its first answer cell. {circuits.NOTE}"
 )
 
 
@@ -118,17 +125,37 @@ def _socket(rounds: int) -> list[Row]:
                 in_turn({name: _calls(one, given) for name, one in sessions.items()}, rounds)
                 for given in (texts[0], texts)
             )
+            steered = in_turn({name: _chat(server, changes) for name, changes in CHANGES.items()}, rounds)
     tokens = sum(len(local.model.tokenizer.encode(text)) for text in texts)
     speeds = ", ".join(f"{tokens / statistics.median(batch[name]):.0f}" for name in ("local", "remote"))
     return [
         _over("top 10 of one text, POST /features/topk over a socket against in process", single),
         _over(f"the same for {TEXTS} texts in one call", batch),
         Row("tokens per second in these calls (local, remote)", "", None, speeds),
+        *(
+            Row(
+                f"a chat of {CHAT_TOKENS} tokens: {name}, against none",
+                "",
+                ratio(steered, name, "none"),
+                milliseconds(steered["none"], steered[name]),
+            )
+            for name in CHANGES
+            if name != "none"
+        ),
     ]
 
 
 def _calls(session: Any, given: Any) -> Any:
     return lambda: session.features_topk(given, layer=2, source="2-resid_post", k=K, show_progress=False)
+
+
+def _chat(server: Server, changes: list[dict[str, Any]]) -> Any:
+    """One chat, greedy, of so many tokens whatever it says."""
+    messages: Any = [{"role": "user", "content": "hello"}]
+    extra = server.extra | ({"interventions": changes} if changes else {})
+    return lambda: server.client.chat.completions.create(
+        model=server.model, messages=messages, temperature=0, max_tokens=CHAT_TOKENS, extra_body=extra
+    )
 
 
 def _over(name: str, times: Times) -> Row:

@@ -35,9 +35,9 @@ NOTE = (
     f"of top-k), the {K} strongest, float32; sae-lens' side is its own `encode` and then `torch.topk`, the bare "
     "product is x W_enc and nothing else; random weights, which sae-lens wrote and both sides read, and equal values "
     "are seen to. Over the socket: the embedded model, puzzles of 163 tokens, its autoencoder of layer 2, one thread "
-    "of torch on each side; the server has a process of its own. Sixteen texts are 26,000 features, 3.8 MB: packing and "
-    "reading these takes twice as long as finding them. Circuits: the embedded model's transcoders, a puzzle of 118 "
-    f"tokens, its first answer cell. {circuits.NOTE}"
+    "of torch on each side; the server has a process of its own. Sixteen texts are 26,000 features, 3.8 MB: packing "
+    "and reading these takes twice as long as finding them. Circuits: the embedded model's transcoders, a puzzle of "
+    f"118 tokens, its first answer cell. {circuits.NOTE}"
 )
 
 

@@ -218,7 +218,9 @@ def cases(family: str) -> dict[str, Steered]:
         clamp("mid", 12),  # what the transcoder reads is changed by it
         asks("resid", strength=-1),
         clamp("normed", 4),
+        clamp("given", 5),  # the very place that the transcoder reads
     ]
+    many.hooks.append((f"{at}1.mlp", Edit("given", (1,), clamps(made["given"], 5))))
     many.edits[:] = [
         Edit("mlp_out", (1,), lambda x: x * 0.5),
         *many.edits,

@@ -20,7 +20,7 @@ from attribution.model.held_fixed import Held, run_held
 from attribution.model.linearised import Reader
 from attribution.model.live import Addition
 
-_FINE, _COARSE = (1e-3, 1e-4), (0.1, 0.03)
+_FINE, _COARSE = (1e-3, 1e-3), (0.1, 0.1)
 """Of a model in 32 or 64 bits (most families compute norms in 32 anyway), and of one in 16: the largest relative error
 of a check that passes, and the share of all that reaches a target (the sum of its edges by magnitude) below which
 rounding is all that a difference shows."""
@@ -31,7 +31,7 @@ def check(circuit: Circuit, pruned: Pruned, count: int) -> dict[str, Any]:
 
     Returns:
         edges: source, target, expected and found of each; relative_error: the largest difference, over the edge
-        or, where that is more, a ten-thousandth of all that reaches the target (of 16 bits 0.03 of it);
+        or, where that is more, a thousandth of all that reaches the target (of 16 bits a tenth);
         constant_error: the largest difference of a target's constant, over all that reaches it; tolerance; passed.
     """
     edges = sampled(circuit, pruned, count)

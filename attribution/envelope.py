@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attribution.envelope_header import DTYPES, METADATA, Entry, parse_header
+from attribution.envelope_header import DTYPES, METADATA, PLAIN, Entry, parse_header
 from attribution.errors import BadEnvelope, EnvelopeTooLarge, InvalidArgument, InvalidRequest, NotFinite
 
 MEDIA_TYPE = "application/vnd.sightline+safetensors"
@@ -221,6 +221,8 @@ def _memory(tensor: Tensor) -> memoryview:
 
 def _without_tensors(value: Any, found: dict[int, tuple[str, Tensor]]) -> Any:
     """`value` with a reference in place of each tensor; each is put into `found` once, by its id, with its key."""
+    if type(value) in PLAIN:  # most of a long answer; asking torch whether it is a tensor costs more than the rest
+        return value
     if isinstance(value, Tensor):
         if value.dtype not in _NAMES or value.layout != torch.strided:
             raise TypeError(f"a tensor of {value.dtype} and layout {value.layout} cannot be sent")
@@ -232,7 +234,7 @@ def _without_tensors(value: Any, found: dict[int, tuple[str, Tensor]]) -> Any:
                 raise TypeError(f"a key that is no string cannot be sent: {key!r}")
             if key in ("$tensor", "$tuple"):
                 raise InvalidArgument(f"a dict with the key {key!r} cannot be sent: it stands for something else here")
-        return {key: _without_tensors(item, found) for key, item in value.items()}
+        return {key: item if type(item) in PLAIN else _without_tensors(item, found) for key, item in value.items()}
     if isinstance(value, list | tuple):
         items = [_without_tensors(item, found) for item in value]
         return items if isinstance(value, list) else {"$tuple": items}
@@ -242,15 +244,15 @@ def _without_tensors(value: Any, found: dict[int, tuple[str, Tensor]]) -> Any:
 
 
 def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if type(value) in PLAIN:
+        return value
     if isinstance(value, list):
         return [_with_tensors(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
     if "$tensor" in value:
         return tensors[value["$tensor"]]
     if "$tuple" in value:
         return tuple(_with_tensors(item, tensors) for item in value["$tuple"])
-    return {key: _with_tensors(item, tensors) for key, item in value.items()}
+    return {key: item if type(item) in PLAIN else _with_tensors(item, tensors) for key, item in value.items()}
 
 
 def _refuse_foreign(start: bytes) -> None:

@@ -25,6 +25,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+PLAIN = frozenset({str, int, float, bool, type(None)})
+"""What holds no tensor and nothing else."""
 _MAX_AXES = 16
 _MAX_DEPTH = 100
 
@@ -123,7 +125,7 @@ def _references(value: Any) -> Iterator[str]:
         if depth > _MAX_DEPTH:
             raise BadEnvelope(f"the value is nested more than {_MAX_DEPTH} deep")
         if isinstance(one, list):
-            waiting.extend((item, depth + 1) for item in one)
+            waiting.extend((item, depth + 1) for item in one if type(item) not in PLAIN)
         elif isinstance(one, dict):
             for name, kind in (("$tensor", str), ("$tuple", list)):
                 if name in one and (len(one) != 1 or not isinstance(one[name], kind)):
@@ -131,4 +133,4 @@ def _references(value: Any) -> Iterator[str]:
             if "$tensor" in one:
                 yield one["$tensor"]
             else:
-                waiting.extend((item, depth + 1) for item in one.values())
+                waiting.extend((item, depth + 1) for item in one.values() if type(item) not in PLAIN)

@@ -133,16 +133,19 @@ class Fired:
     counts: list[int]
 
 
-def features_at(source: Source, text: Encoded, scores: Scores, spans: Sequence[Span]) -> list[tuple[Tensor, Tensor]]:
+def features_at(
+    model: TracedModel, source: Source, text: Encoded, scores: Scores, spans: Sequence[Span]
+) -> list[tuple[Tensor, Tensor]]:
     """For each of some spans of a text, the features that fire there: their indices and largest activations.
 
     Each span has at least one token.
     """
-    autoencoder, read = source.autoencoder(), scores.streams[source.reads]
+    autoencoder = source.autoencoder(model.device, model.work_dtype)  # as in `features_topk`, whatever its file has
+    read = scores.streams[source.reads]
     found = []
     for first in range(0, len(spans), _SPANS):
         tokens = [text.tokens_of(span) for span in spans[first : first + _SPANS]]
-        features = autoencoder.encode(read[[at for one in tokens for at in one]]).float()
+        features = autoencoder.encode(read[[at for one in tokens for at in one]]).cpu()
         for rows in features.split([len(one) for one in tokens]):
             largest = rows.amax(0)
             indices = largest.nonzero()[:, 0]

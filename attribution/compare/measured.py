@@ -7,6 +7,7 @@ from attribution.compare.asked import Asked
 from attribution.compare.measure import Fired, Scores, bits_from, features_at, scored, strongest
 from attribution.compare.texts import Encoded, Span, borders, byte_count, encode, start_of
 from attribution.features.source import Source
+from attribution.model.traced import TracedModel
 from attribution.operation import Progress, Steps
 from attribution.prompts import token_text
 
@@ -39,7 +40,7 @@ def measured(session: "LocalSession", given: Asked, count: int, *, descriptions:
     for batch in scored(model, [texts[index] for index in runnable], [source.reads for source in sources]):
         for at, scores in batch:
             index = runnable[at]
-            _note_features(fires, sources, index, texts[index], scores, given.spans_in(index))
+            _note_features(model, fires, sources, index, texts[index], scores, given.spans_in(index))
             seen[index] = texts[index], Scores(scores.logprobs, scores.ranks)
         done += len(batch)
         yield Progress(done, len(texts))
@@ -130,11 +131,17 @@ def _occurrence(index: int, span: Span, text: Encoded, found: tuple[Encoded, Sco
 
 
 def _note_features(
-    fires: Fires, sources: list[Source], index: int, text: Encoded, scores: Scores, spans: list[Span]
+    model: TracedModel,
+    fires: Fires,
+    sources: list[Source],
+    index: int,
+    text: Encoded,
+    scores: Scores,
+    spans: list[Span],
 ) -> None:
     spans = [span for span in spans if text.tokens_of(span)]
     for source in sources:
-        for span, found in zip(spans, features_at(source, text, scores, spans), strict=True):
+        for span, found in zip(spans, features_at(model, source, text, scores, spans), strict=True):
             fires.setdefault((index, span), {})[source.name] = found
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from attribution.compare.measure import strongest
+from attribution.features.places import parse_place
+from attribution.features.writing import write_autoencoder
 from attribution.session import LocalSession
-from tests.autoencoders import N_FEATURES, numpy_features, save_random
+from tests.autoencoders import N_FEATURES, numpy_features, random_autoencoder, save_random
 from tests.comparing import tiny
 from tests.models import tiny_model, tiny_tokenizer
 
@@ -61,6 +63,19 @@ def test_a_feature_has_its_largest_activation_at_each_occurrence_and_the_mean_ov
     assert any(one["source"] == "two" for one in the["features"])
     assert on["features"]
     assert not nowhere["features"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_kept_in_16_bits_are_computed_with_in_the_dtype_of_the_attribution(dtype: torch.dtype, tmp_path: Path):
+    session = LocalSession(tiny("tiny", "qwen3", add_bos=True), store=tmp_path / "store")
+    place = parse_place("resid_post[1]")
+    write_autoencoder(tmp_path / "half", random_autoencoder().to(dtype=dtype), reads=place)
+    session.load_features(str(tmp_path / "half"), "half")
+    (term,) = session.measure_text(["on"], ["on"], top_features=N_FEATURES)["terms"]
+    expected = activations(tmp_path / "half", "on")[1:].max(0)
+    assert {one["index"] for one in term["features"]} == set(expected.nonzero()[0].tolist())
+    for one in term["features"]:
+        assert one["activation"] == pytest.approx(expected[one["index"]], rel=1e-4, abs=1e-5)
 
 
 def test_as_many_as_are_asked_for_of_each_autoencoder_and_none_is_not_computed(

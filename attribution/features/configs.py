@@ -153,7 +153,7 @@ def saelens_config(path: Path, values: dict[str, Any]) -> Config:
         subtracts_b_dec=config.get("apply_b_dec_to_input", bool, not transcoder),
         rescaled=activation == "topk" and config.get("rescale_acts_by_decoder_norm", bool, False),
         normalisation=_normalisation(config),
-        centred=_is_centred(config, reads),
+        centred=_is_centred(config, reads, flat="metadata" not in values),
     )
 
 
@@ -209,14 +209,22 @@ def _normalisation(config: _Reader) -> Normalisation:
     raise config.refuse(f"normalize_activations is {said!r}; {', '.join(NORMALISATIONS)} are done")
 
 
-def _is_centred(config: _Reader, reads: Place | None) -> bool:
+def _is_centred(config: _Reader, reads: Place | None, *, flat: bool) -> bool:
     """Whether it was trained on a model whose writes to the stream have no mean (as gpt2-small-res-jb)."""
-    processed = config.get("model_from_pretrained_kwargs", dict, {})
-    if not processed.get("center_writing_weights"):
+    processed = config.get("model_from_pretrained_kwargs", dict)
+    matters = reads is None or reads.point in CENTRED_POINTS
+    if processed is None and flat and matters and str(config.get("model_name", str)).startswith("gpt2"):
+        # three releases were, and only the list of releases in sae-lens says so
+        raise config.refuse(
+            "it does not say whether what GPT-2 writes was centred, as for gpt2-small-res-jb it was; `sightline sae "
+            'convert RELEASE ID DIR` knows, or write "model_from_pretrained_kwargs": {"center_writing_weights": true} '
+            "(or false) into it"
+        )
+    if not (processed or {}).get("center_writing_weights"):
         return False
     if reads is None:
         raise config.refuse("it was trained on centred writes (center_writing_weights), at a place that is not known")
-    return reads.point in CENTRED_POINTS
+    return matters
 
 
 def _saelens_tensors(activation: Activation, skip: bool, d_in: int, n_features: int, d_out: int) -> dict[str, Stored]:

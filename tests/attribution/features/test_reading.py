@@ -120,6 +120,17 @@ def test_a_model_whose_writes_were_centred_is_read_centred_where_that_matters(tm
     assert read_sizes(write_folder(tmp_path, flat, saelens_tensors(one))).centred
 
 
+def test_an_old_config_for_gpt2_that_does_not_say_whether_writes_were_centred_is_refused(tmp_path: Path) -> None:
+    one = random_autoencoder()
+    flat = {k: v for k, v in saelens_config(one).items() if k != "metadata"} | METADATA | {"model_name": "gpt2-small"}
+    with pytest.raises(InvalidArgument, match="whether what GPT-2 writes was centred"):
+        read_sizes(write_folder(tmp_path, flat, saelens_tensors(one)))
+    told = flat | {"model_from_pretrained_kwargs": {"center_writing_weights": False}}
+    assert not read_sizes(write_folder(tmp_path, told, saelens_tensors(one))).centred
+    at_z = flat | {"hook_name": "blocks.1.attn.hook_z"}
+    assert not read_sizes(write_folder(tmp_path, at_z, saelens_tensors(one))).centred
+
+
 @pytest.mark.parametrize(
     ("names", "reads", "writes"),
     [

@@ -185,7 +185,7 @@ def described(
     model: TracedModel, sequences: Sequence[Tokens], found: Sequence[Sequence[Found]], *, include_descriptions: bool
 ) -> list[list[dict[str, Any]]]:
     """The tokens of every sequence with their features, as JSON."""
-    special = set(model.tokenizer.all_special_ids)
+    special = special_tokens(model)
     asked = {one.token_ids[position] for one in sequences for position in one.positions}
     said = {
         token: {"token": token_text(model, token), "token_id": token, "is_special": token in special} for token in asked
@@ -194,6 +194,16 @@ def described(
         _tokens(one, mine, said, include_descriptions=include_descriptions)
         for one, mine in zip(sequences, found, strict=True)
     ]
+
+
+def special_tokens(model: TracedModel) -> set[int]:
+    """The ids of the special tokens: those with a role (bos, eos, …) and all others that the vocabulary calls special.
+
+    The marks of a chat template are often only the latter, as <|eot_id|> of Llama 3.
+    """
+    tokenizer: Any = model.tokenizer
+    marked = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return marked | set(tokenizer.all_special_ids)
 
 
 def _tokens(

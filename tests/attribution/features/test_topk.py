@@ -124,6 +124,9 @@ def test_special_tokens_are_marked(session: LocalSession):
     assert [token["token"] for token in tokens if token["is_special"]] == ["<|im_start|>", "<|im_end|>"]
     messages = [{"role": "user", "content": "Hello there"}]
     assert session.features_topk(messages=messages, layer=1)["tokens"][: len(tokens)] != []
+    demo = LocalSession("demo")  # its tokenizer gives no name to the first one, as that of Llama 3
+    tokens = demo.features_topk(messages=[{"role": "user", "content": "Hello"}], layer=2, k=1)["tokens"]
+    assert [token["token_id"] for token in tokens if token["is_special"]] == [1, 2, 1]
 
 
 @pytest.mark.parametrize(

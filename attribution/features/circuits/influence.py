@@ -139,6 +139,8 @@ def _kept_edges(effects: Effects, threshold: float) -> Bool[Tensor, "target sour
 
 def _held(scores: Float[Tensor, "score"], threshold: float) -> Bool[Tensor, "score"]:
     """The largest scores that together hold a share of the whole; never one that is 0."""
+    if threshold >= 1:  # beside a large score a small one adds nothing to a sum
+        return scores > 0
     ordered = np.sort(scores[scores > 0].numpy())[::-1]
     if not len(ordered):
         return torch.zeros(len(scores), dtype=torch.bool)

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from attribution.features.circuits.replacement import Replacement
 
+_AT_ONCE = 1 << 20
+"""Numbers that features write and that are held at once: of all of a layer they may be more than its transcoder has."""
+
 
 def n_columns(replacement: Replacement) -> int:
     """How many sources there are: the active features, an error per layer and position, the tokens."""
@@ -52,13 +55,13 @@ def effects(
 
 def _add_features(replacement: Replacement, layer: int, grad: Tensor, rows: Tensor) -> None:
     """Contract the gradient of one layer with what its features write; they stand by position."""
-    features = replacement.features
+    features, size = replacement.features, max(1, _AT_ONCE // grad.shape[-1])
     chosen = features.of_layer(layer)
-    writes = replacement.writes(layer, chosen).to(grad)
-    counts = features.position[chosen].bincount(minlength=replacement.n_positions).tolist()
-    start = 0
-    for position, count in enumerate(counts):
-        if count:
-            stop, first = start + count, chosen.start + start
-            rows[:, first : first + count] = (grad[:, position] @ writes[start:stop].T).cpu()
+    for first in range(chosen.start, chosen.stop, size):
+        part = slice(first, min(first + size, chosen.stop))
+        writes, start = replacement.writes(layer, part).to(grad), 0
+        positions, counts = features.position[part].unique_consecutive(return_counts=True)
+        for position, count in zip(positions.tolist(), counts.tolist(), strict=True):
+            stop = start + count
+            rows[:, first + start : first + stop] = (grad[:, position] @ writes[start:stop].T).cpu()
             start = stop

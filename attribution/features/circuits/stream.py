@@ -92,7 +92,7 @@ def _taken_apart(
 ) -> Replacement:
     layer, x = source.layer, x.to(autoencoder.W_enc)
     active, written = encoded(autoencoder, x, most_encoded)
-    errors = [torch.zeros_like(x) for _ in range(model.dimensions.n_layers)]
+    errors = [torch.zeros_like(x)] * model.dimensions.n_layers
     errors[layer] = x - written
     if skip_first:
         active, errors[layer][0] = active[:, active[0] > 0], 0
@@ -133,7 +133,8 @@ def _most_influential(
     chosen = found.argsort(descending=True, stable=True)[:max_features].sort().values
     columns = torch.cat([chosen, torch.arange(whole.n_features, weights.shape[1])])
     kept = weights[:, columns]
-    missed = 1 - row_sums(kept) / row_sums(weights).clamp(min=1e-10)
+    reaches = row_sums(weights)
+    missed = (reaches - row_sums(kept)) / reaches.clamp(min=1e-10)
     return Circuit(
         replacement=replacement,
         logits=logits,

@@ -186,7 +186,7 @@ def _circuit(rows: _Rows) -> Circuit:
     found = known.amounts(influence(known))[order]
     columns = torch.cat([chosen, torch.arange(known.n_features, known.weights.shape[1])])
     weights = known.weights[order[:, None], columns]
-    missed = 1 - row_sums(weights) / reaches.clamp(min=1e-10)
+    missed = (reaches - row_sums(weights)) / reaches.clamp(min=1e-10)  # 0 of a target that nothing reaches
     return Circuit(
         replacement=rows.replacement,
         logits=rows.logits,

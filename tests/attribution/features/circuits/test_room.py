@@ -1,5 +1,6 @@
 """What a graph takes while it is made stays under its ceiling, counted in bytes of living tensors."""
 
+import dataclasses
 import weakref
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch.utils._pytree import tree_iter
 from attribution.errors import InvalidArgument
 from attribution.features.circuits.influence import prune
 from attribution.features.circuits.replacement import Transcoder, replace_mlps
+from attribution.features.circuits.rows import effects
 from attribution.features.circuits.trace import Logits, room_for, trace
 from attribution.model.linearised import logit_directions
+from attribution.progress import drive
 from tests.autoencoders import random_autoencoder
 from tests.models import traced
 
@@ -50,6 +53,13 @@ class Living(TorchDispatchMode):
         self.now -= size
 
 
+def on_last(vectors: torch.Tensor) -> torch.Tensor:
+    """The gradients of what stands at the last of 120 positions."""
+    grads = torch.zeros(1, 120, 48)
+    grads[:, -1] = vectors
+    return grads
+
+
 def trace_small(max_features: int, max_bytes: int) -> tuple[int, int, int, int]:
     """The most bytes at once while a graph is made and pruned, active features, rows and the bytes of their square."""
     model = traced("qwen3")
@@ -77,6 +87,34 @@ def test_making_a_graph_stays_under_its_ceiling_and_far_under_the_square_of_the_
     assert active > 20_000
     assert 10 < rows < active
     assert rows * active * 4 < most < CEILING < square / 100
+
+
+def test_what_the_features_of_a_layer_write_is_never_there_all_at_once():
+    made = {1: Transcoder("t", "mlp_in", random_autoencoder(n_features=4000, subtracts_b_dec=False))}
+    replacement = replace_mlps(traced("qwen3"), [*IDS, *IDS, *IDS], made)
+    vectors = torch.ones(1, 48)
+    with Living() as living:
+        row = effects(replacement, replacement.n_layers, torch.tensor([119]), vectors)
+    whole = len(replacement.features) * 48 * 4
+    assert living.most < whole / 2
+    (grad,) = replacement.linear.backward(3, replacement.linear.final, on_last(vectors))[2]
+    written = replacement.writes(1, slice(None))
+    expected = (grad[replacement.features.position] * written).sum(1)
+    assert torch.allclose(row[0, : len(expected)], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_target_that_nothing_reaches_misses_nothing():
+    silent = random_autoencoder(subtracts_b_dec=False)
+    silent = dataclasses.replace(silent, W_enc=silent.W_enc * 0, b_enc=torch.ones(silent.n_features))
+    steps = trace(
+        replace_mlps(traced("qwen3"), IDS, {2: Transcoder("t", "mlp_in", silent)}),
+        Logits([3, 60], *logit_directions(traced("qwen3"), [3, 60]), probabilities=[0.5, 0.25]),
+        100_000,
+        1 << 28,
+    )
+    circuit, _ = drive(steps, "", show=False)
+    assert len(circuit.chosen) == len(circuit.replacement.features) > 1000
+    assert circuit.missed == pytest.approx(0, abs=1e-12)
 
 
 def test_the_measure_sees_what_is_held_at_once():

@@ -77,15 +77,19 @@ def tokens_asked(
     if asked.dataset_id is not None and asked.sample_id is not None:
         return [_sample(session, asked.dataset_id, asked.sample_id, at)]
     if asked.text is not None:
-        special, bos = _beginning(model, sources, prepend_bos, add_special_tokens=add_special_tokens)
+        special, bos = beginning(model, sources, prepend_bos, add_special_tokens=add_special_tokens)
         return _texts(model, asked.text, at, special=special, bos=bos)
     return [_given(model, tokens_of(model, given[name] or [], special=False, name=name), at, name)]
 
 
-def _beginning(
+def beginning(
     model: TracedModel, sources: Sequence[Source], prepend_bos: bool | None, *, add_special_tokens: bool
 ) -> tuple[bool, int | None]:
-    """Whether texts get the tokenizer's own special tokens, and the token that they are to begin with, if any."""
+    """Whether texts get the tokenizer's own special tokens, and the token that they are to begin with, if any.
+
+    Raises:
+        InvalidArgument: the sources were trained with different ones, and `prepend_bos` is None.
+    """
     wanted = {one.prepend_bos for one in sources} - {None} if prepend_bos is None else {prepend_bos}
     if len(wanted) > 1:
         apart = ", ".join(f"{one.name!r} {one.prepend_bos}" for one in sources if one.prepend_bos is not None)
@@ -110,9 +114,13 @@ def _texts(
         ids = tokens_of(model, one, special=special, name=name)
         if not one:
             raise InvalidArgument(f"{name} has no token; give a text", param=name)
-        ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-        asked.append(_given(model, ids, positions, name))
+        asked.append(_given(model, begun(ids, bos), positions, name))
     return asked
+
+
+def begun(ids: list[int], bos: int | None) -> list[int]:
+    """Tokens that begin with a special one, if any, which is put before them where it is not there."""
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
 def _given(model: TracedModel, ids: list[int], positions: Any, name: str) -> Tokens:

@@ -7,12 +7,12 @@ from typing_extensions import TypedDict
 
 from attribution import checks as check_argument
 from attribution.arguments import DatasetId, Index, Positions
+from attribution.features.asked import beginning, begun
 from attribution.features.circuits.graph import Asked, Limits, trace_through_stream, trace_through_transcoders
 from attribution.features.circuits.sources import choose_sources, stands_for_mlp
 from attribution.features.source import Source
-from attribution.model.traced import TracedModel
 from attribution.operation import Steps, operation
-from attribution.prompts import Message, given_tokens
+from attribution.prompts import Message, check_tokens, given_tokens
 
 if TYPE_CHECKING:
     from attribution.session import LocalSession
@@ -71,7 +71,8 @@ def trace_circuit(
         checks: how many edges are verified by an intervention.
         slug: a name for the graph.
         max_bytes: what the graph may take while it is made, the model's own forward pass not counted.
-        add_special_tokens: whether a text gets the tokenizer's own special tokens; False for templated texts.
+        add_special_tokens: whether a text gets the tokenizer's own special tokens, or, where the sources say that they
+            were trained with or without the first of them, that one or none; False for templated texts.
 
     Returns:
         metadata, qParams, nodes and links, as viewers of such graphs read them, and model_id, method ("transcoders", or
@@ -84,9 +85,11 @@ def trace_circuit(
     limits.check()
     if not 0 <= checks <= MOST_CHECKS:
         raise check_argument.out_of_range("checks", checks, f"0 to {MOST_CHECKS} edges are verified")
-    ids = given_tokens(model, prompt, messages, token_ids, special=add_special_tokens)
     chosen = choose_sources(session.features, model, sources)
-    ids = _begun(model, ids, chosen) if prompt is not None and add_special_tokens else ids
+    special, bos = beginning(model, [], _begins(chosen), add_special_tokens=add_special_tokens)
+    ids = given_tokens(model, prompt, messages, token_ids, special=special)
+    if prompt is not None and add_special_tokens:
+        check_tokens(model, ids := begun(ids, bos), "prompt")
     asked = Asked(ids[: _position(position, len(ids)) + 1], targets, limits, ignore_first, checks, slug)
     if not stands_for_mlp(chosen[0]):
         return trace_through_stream(model, chosen[0], asked)
@@ -104,9 +107,7 @@ def _position(position: int, count: int) -> int:
     return position % count
 
 
-def _begun(model: TracedModel, ids: list[int], sources: list[Source]) -> list[int]:
-    """A text's tokens, after the special first token where the sources were trained with one."""
-    bos: Any = model.tokenizer.bos_token_id
-    if bos is None or ids[0] == bos or not any(one.prepend_bos for one in sources):
-        return ids
-    return [bos, *ids]
+def _begins(sources: list[Source]) -> bool | None:
+    """Whether one of the sources was trained on texts that begin with the special token; None where none says it."""
+    said = [one.prepend_bos for one in sources if one.prepend_bos is not None]
+    return any(said) if said else None

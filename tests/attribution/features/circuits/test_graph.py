@@ -237,6 +237,25 @@ def test_a_text_begins_with_the_special_token_that_its_transcoders_were_trained_
     assert len(given) == len(IDS)
 
 
+def test_a_text_begins_with_no_special_token_where_its_transcoders_were_trained_without(tmp_path: Path):
+    session = LocalSession(
+        dataclasses.replace(traced("qwen3"), tokenizer=tiny_tokenizer(add_bos=True)), store=tmp_path / "store"
+    )
+    session.load_features(str(save_random(tmp_path / "not", "mlp_in[0]", "mlp_out[0]", prepend_bos=False)), "not")
+    tokens = session.trace_circuit("the rest")["metadata"]["prompt_tokens"]
+    assert tokens == [one["token"] for one in session.features_topk("the rest")["tokens"]]
+    assert tokens[0] != "<|endoftext|>"
+
+
+def test_a_text_that_fills_the_window_is_refused_before_a_special_token_is_put_before_it(tmp_path: Path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<|endoftext|>"
+    session = LocalSession(dataclasses.replace(traced("gpt2"), tokenizer=tokenizer), store=tmp_path / "store")
+    session.load_features(str(save_random(tmp_path / "bos", "mlp_in[0]", "mlp_out[0]", prepend_bos=True)), "bos")
+    with pytest.raises(ContextLengthExceeded, match="prompt has 257 tokens"):
+        session.trace_circuit("x" * 256)
+
+
 def test_a_graph_is_saved_and_read_again(session: LocalSession, tmp_path: Path):
     graph = session.trace_circuit(token_ids=IDS, slug="mine")
     assert graph["metadata"]["slug"] == "mine"

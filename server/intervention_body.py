@@ -53,7 +53,8 @@ def _numbers(value: object) -> object:
         one for one in given if isinstance(one, bool) or not isinstance(one, int | float) or not math.isfinite(one)
     ]
     if value is not None and wrong:
-        raise ValueError(f"a finite number, or a list of them, is expected; found {str(wrong[0])[:80]!r}")
+        which = f"; {str(wrong[0])[:80]!r} is none" if isinstance(value, list) else ""
+        raise ValueError(f"a finite number, or a list of them, is expected{which}")
     return value
 
 

@@ -101,11 +101,14 @@ def _weights_and_config(folder: Path) -> tuple[Path, Config]:
     path = folder / CONFIG
     try:
         values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise StorageFailed(
-            f"{folder} is no autoencoder: its {CONFIG} cannot be read ({error.strerror or error}); expected a "
-            f"directory of SAELens ({CONFIG}, {WEIGHTS}) or of eai-sparsify ({CONFIG}, {SPARSIFY_WEIGHTS})"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InvalidArgument(
+            f"{folder} is no autoencoder: there is no {path}; expected a directory of SAELens ({CONFIG}, {WEIGHTS}) or "
+            f"of eai-sparsify ({CONFIG}, {SPARSIFY_WEIGHTS})",
+            param="folder",
         ) from error
+    except OSError as error:
+        raise StorageFailed(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise InvalidArgument(f"{path} is no JSON: {error}", param="folder") from error
     if not isinstance(values, dict):

@@ -103,22 +103,18 @@ class FeatureStore:
         """Read a source, check it and take it; the same one again is read anew.
 
         Args:
-            overwrite: take it in place of another one of its name.
+            overwrite: take it in place of another one of its name, or without the descriptions that it had.
 
         Raises:
-            InvalidArgument: there is another source of this name; or as `read_source`.
+            InvalidArgument: there is another source of this name, or this one with descriptions; or as `read_source`.
             SourceMismatch, StorageFailed, UnsupportedModel: as `read_source`.
         """
         with self._lock:
             self.of(model)
             found = read_source(model, declared, self.weights)
             there = self._find(model, found.name)
-            if there is not None and there.declared is not None and not overwrite and not _same(there, found):
-                raise InvalidArgument(
-                    f"{model.id!r} has a source {found.name!r} already, from {there.source and there.source.folder}; "
-                    "take another name, overwrite=True, or unload it first",
-                    param="name",
-                )
+            if there is not None and there.declared is not None and not overwrite:
+                _check_same(there, found)
             self.weights.drop(found.folder)
             self._put(_Entry(replace(declared, name=found.name), found, model.fingerprint))
             return found
@@ -280,8 +276,19 @@ def _is_checked(entry: _Entry, model: TracedModel) -> bool:
     return entry.reason is not None if entry.source is None else entry.source.model_id == model.id
 
 
-def _same(entry: _Entry, source: Source) -> bool:
-    """Whether a source that is there is of the same folder and places as one that comes."""
+def _check_same(entry: _Entry, source: Source) -> None:
+    """See that a source that is there is of the same folder and places as one that comes, and loses no descriptions."""
     there = entry.source
     assert there is not None
-    return (there.folder, there.reads, there.writes) == (source.folder, source.reads, source.writes)
+    if (there.folder, there.reads, there.writes) != (source.folder, source.reads, source.writes):
+        raise InvalidArgument(
+            f"{source.model_id!r} has a source {source.name!r} already, from {there.folder}; take another name, "
+            "overwrite=True, or unload it first",
+            param="name",
+        )
+    if len(there.descriptions) and not len(source.descriptions):
+        raise InvalidArgument(
+            f"the source {source.name!r} of {source.model_id!r} has descriptions, which it would lose; "
+            "give descriptions, another name, or overwrite=True",
+            param="descriptions",
+        )

@@ -130,7 +130,8 @@ def load_features(
         source_id: whose rows of these are meant, as "5-res-jb" or "gpt2-small/5-res-jb".
         model_name: the name that the config has for this model, when that is none of its own; a word that two models
             share their weights.
-        overwrite: take it in place of another autoencoder of this name.
+        overwrite: take it in place of another autoencoder of this name, or of this one with descriptions when none
+            are given now.
 
     Returns:
         name, model_id, layer, reads, writes, architecture, n_features, d_in, d_out, dtype, k (None when the number of

@@ -13,13 +13,16 @@ from server.state import state_of
 
 router = APIRouter(prefix="/features", tags=["features"])
 
-ModelId = Annotated[str | None, Query(description="The model, where several have an autoencoder of this name.")]
+ModelId = Annotated[
+    str | None, Query(description="The model; else any, where one alone has an autoencoder of this name.")
+]
 
 
 @router.get("")
-async def sources(request: Request) -> dict[str, Any]:
-    """All autoencoders, with `status` "ready", "waiting" (for their model to be loaded) or "failed", and the reason."""
+async def sources(request: Request, model_id: ModelId = None) -> dict[str, Any]:
+    """The autoencoders, with `status` "ready", "waiting" (for their model to be loaded) or "failed", and the reason."""
     rows = await asyncio.to_thread(state_of(request).registry.features.status)
+    rows = [row for row in rows if model_id in (None, row["model_id"])]
     return {"sources": rows, "count": len(rows)}
 
 

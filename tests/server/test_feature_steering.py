@@ -200,6 +200,7 @@ CLAMP = OK | {"operation": "clamp", "value": 2}
         (CLAMP | {"value": [2.0]}, 400, "value", "a number; found a list"),
         (CLAMP | {"value": -0.5}, 400, "value", "value is -0.5; an activation is never below 0"),
         (CLAMP | {"value": "2"}, 400, "value", "a finite number"),
+        (CLAMP | {"value": [2.0, "x"]}, 400, "value", "a list of them, is expected; 'x' is none"),
         (OK | {"selector": "resid_post[1]"}, 400, "selector", "'feature' takes no 'selector'"),
         (OK | {"heads": [1]}, 400, "heads", "'feature' takes no 'heads'"),
         (OK | {"positions": {"start": 50, "stop": 60}}, 400, "positions", "at most 25 positions"),

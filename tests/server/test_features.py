@@ -77,6 +77,9 @@ def test_the_registry_is_shown_with_what_is_ready_what_waits_and_what_failed(one
     assert f"width {D_MODEL + 1}" in failed["wide"]
     assert "source 4 ('one')" in failed[None]
     assert "colour" in failed[None]
+    for model, count in ((name, 3), ("elsewhere/model", 1), ("nobody/nothing", 0)):
+        found = one.http.get("/features", params={"model_id": model}).json()
+        assert [row["model_id"] for row in found["sources"]] == [model] * found["count"] == [model] * count
 
 
 def test_a_registry_that_is_none_stops_the_server_in_one_line(home: Path):

@@ -332,8 +332,13 @@ def test_a_config_that_is_none_is_refused(text: str, message: str, tmp_path: Pat
 
 
 def test_a_folder_without_files_says_which_there_would_be(tmp_path: Path) -> None:
-    with pytest.raises(StorageFailed, match=r"cfg.json, sae_weights.safetensors\) or of eai-sparsify"):
-        read_sizes(tmp_path / "nothing")
+    for none in (tmp_path / "nothing", Path(__file__)):
+        with pytest.raises(InvalidArgument, match=r"cfg.json, sae_weights.safetensors\) or of eai-sparsify") as raised:
+            read_sizes(none)
+        assert raised.value.param == "folder"
+    (tmp_path / "unread" / "cfg.json").mkdir(parents=True)
+    with pytest.raises(StorageFailed, match=r"cfg\.json cannot be read: Is a directory"):
+        read_sizes(tmp_path / "unread")
     folder = write_folder(tmp_path, saelens_config(random_autoencoder()), {})
     (folder / "sae_weights.safetensors").unlink()
     with pytest.raises(StorageFailed, match=r"sae_weights\.safetensors cannot be read"):

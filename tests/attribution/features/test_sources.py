@@ -202,6 +202,18 @@ def test_loading_the_same_again_is_safe_and_another_of_its_name_is_refused(store
     assert (store.source(model, "t").reads, len(store.all())) == (Place("attn_out", 0), 3)
 
 
+def test_descriptions_are_not_lost_unseen(store: FeatureStore, tmp_path: Path):
+    model, said = traced("qwen3"), tmp_path / "said.jsonl"
+    said.write_text('{"index": 3, "description": "three"}')
+    described = declared(tmp_path / "t", name="t", descriptions=said)
+    store.load(model, described)
+    with pytest.raises(InvalidArgument, match="has descriptions, which it would lose") as raised:
+        store.load(model, declared(tmp_path / "t", name="t"))
+    assert raised.value.param == "descriptions"
+    assert store.load(model, described).descriptions.of(3) == "three"
+    assert store.load(model, declared(tmp_path / "t", name="t"), overwrite=True).descriptions.of(3) is None
+
+
 def test_a_folder_that_was_written_anew_is_read_anew_and_never_unseen(store: FeatureStore, tmp_path: Path):
     model = traced("qwen3")
     before = store.source(model, "t").autoencoder()

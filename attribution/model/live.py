@@ -4,13 +4,14 @@ Depth 0 is the stream that enters the first layer, ℓ + 1 what the MLP of layer
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import nnsight
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attribution.activations import BATCH_TOKENS
 from attribution.model.block import family_of, read_norm
 from attribution.model.linearised import check_differentiable
 from attribution.model.traced import TracedModel
@@ -56,7 +57,22 @@ class Final:
 
 
 def run_live(model: TracedModel, token_ids: list[int], additions: Sequence[Addition]) -> Final:
-    """Run the model with a row for each set of additions and one without any."""
+    """Run the model with a row for each set of additions, of which none is empty, and one without any."""
+    last, size = max((one.row for one in additions), default=0), rows_at_once(len(token_ids))
+    parts = []
+    for first in range(0, max(1, last), size):
+        part = [replace(one, row=one.row - first) for one in additions if first < one.row <= first + size]
+        parts.append(_run_live(model, token_ids, part))
+    normed, fixed = [one.normed for one in parts], [one.at_fixed_scale for one in parts]
+    return Final(*(torch.cat([rows[0][:1], *(one[1:] for one in rows)]) for rows in (normed, fixed)))
+
+
+def rows_at_once(length: int) -> int:
+    """How many rows of a sequence are run in one batch beside the sequence as it is."""
+    return max(1, BATCH_TOKENS // length - 1)
+
+
+def _run_live(model: TracedModel, token_ids: list[int], additions: Sequence[Addition]) -> Final:
     family = family_of(model)
     rows = 1 + max((one.row for one in additions), default=0)
     ids = torch.tensor([token_ids] * rows, device=model.device)

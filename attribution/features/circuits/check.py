@@ -1,12 +1,13 @@
 """The self-check of a graph: edges and completeness against interventions that share no step with the gradients.
 
 1. Some kept edges, at evenly spaced ranks of their magnitude, so that strong and weak ones are among them.
-2. One forward pass (`attribution.model.held_fixed`) with a row per edge, in which what its source adds is added once
-   more: by how much the target moves is the edge.
+2. A forward pass (`attribution.model.held_fixed`) with a row per edge, in which what its source adds is added once
+   more: by how much the target moves is the edge. Of many edges or a long prompt there are several passes.
 3. One row more, in which everything is taken away that a node stands for: what is left of each of these targets is its
    constant.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from attribution.features.circuits.replacement import Replacement, passes, what_
 from attribution.features.circuits.trace import Circuit
 from attribution.model.held_fixed import Held, run_held
 from attribution.model.linearised import Reader
-from attribution.model.live import Addition
+from attribution.model.live import Addition, rows_at_once
 
 _FINE, _COARSE = (1e-3, 1e-3), (0.1, 0.1)
 """Of a model in 32 or 64 bits (most families compute norms in 32 anyway), and of one in 16: the largest relative error
@@ -34,17 +35,9 @@ def check(circuit: Circuit, pruned: Pruned, count: int) -> dict[str, Any]:
         or, where that is more, a thousandth of all that reaches the target (of 16 bits a tenth);
         constant_error: the largest difference of a target's constant, over all that reaches it; tolerance; passed.
     """
-    edges = sampled(circuit, pruned, count)
-    rows = range(1, len(edges) + 1)
-    additions = [addition_of(circuit, row, column) for row, (_, column) in zip(rows, edges, strict=True)]
-    additions += _all_taken_away(circuit.replacement, len(edges) + 1)
-    replacement = circuit.replacement
-    readers = {layer: Reader(one.point, passes(one.autoencoder)) for layer, one in replacement.transcoders.items()}
-    held = run_held(replacement.model, replacement.token_ids, additions, readers)
-    tolerance, floor = _FINE if replacement.model.dtype.itemsize > 2 else _COARSE
+    tolerance, floor = _FINE if circuit.replacement.model.dtype.itemsize > 2 else _COARSE
     shown, errors, constants = [], [0.0], [0.0]
-    for row, (target, column) in zip(rows, edges, strict=True):
-        before, after, bare = (_value(circuit, held, target, at) for at in (0, row, len(edges) + 1))
+    for (target, column), (before, after, bare) in _moved(circuit, sampled(circuit, pruned, count)):
         expected = float(circuit.effects.weights[target, column])
         shown.append(
             {
@@ -65,6 +58,22 @@ def check(circuit: Circuit, pruned: Pruned, count: int) -> dict[str, Any]:
         "tolerance": tolerance,
         "passed": max(relative, constant) <= tolerance,
     }
+
+
+def _moved(
+    circuit: Circuit, edges: list[tuple[int, int]]
+) -> Iterator[tuple[tuple[int, int], tuple[float, float, float]]]:
+    """Each edge with its target as it is, with its source once more, and without all that a node stands for."""
+    replacement = circuit.replacement
+    readers = {layer: Reader(one.point, passes(one.autoencoder)) for layer, one in replacement.transcoders.items()}
+    size = rows_at_once(replacement.n_positions)
+    for part in (edges[first : first + size] for first in range(0, len(edges), size)):
+        additions = [addition_of(circuit, row, column) for row, (_, column) in enumerate(part, start=1)]
+        additions += _all_taken_away(replacement, len(part) + 1)
+        held = run_held(replacement.model, replacement.token_ids, additions, readers)
+        for row, edge in enumerate(part, start=1):
+            before, after, bare = (_value(circuit, held, edge[0], at) for at in (0, row, len(part) + 1))
+            yield edge, (before, after, bare)
 
 
 def sampled(circuit: Circuit, pruned: Pruned, count: int) -> list[tuple[int, int]]:

@@ -79,6 +79,35 @@ def test_a_wrong_edge_or_constant_does_not_pass():
     assert found["constant_error"] == pytest.approx(0.02, rel=1e-6)
 
 
+def test_checks_run_in_batches_of_a_bounded_number_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    session = LocalSession(traced("qwen3"), store=tmp_path)
+    session.load_features(str(save_random(tmp_path / "t", "mlp_in[1]", "mlp_out[1]", n_features=60)), "t")
+    session.load_features(str(save_random(tmp_path / "r", "resid_post[1]", n_features=60)), "r")
+    # beside the sequence as it is: three edges and a row for constants; seven features; eight edges in three rows each
+    for source, sizes in (("t", [1, 5, 5, 4, 4, 4, 2]), ("r", [1, 1, *[4] * 8])):
+        whole = session.trace_circuit(token_ids=IDS, sources=[source], checks=8)
+        monkeypatch.setattr("attribution.model.live.BATCH_TOKENS", 4 * len(IDS))  # a row as it is, and three others
+        fed: list[int] = []
+        hook = session.model.module.register_forward_pre_hook(
+            lambda _, args, kwargs, fed=fed: fed.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        parts = session.trace_circuit(token_ids=IDS, sources=[source], checks=8)
+        hook.remove()
+        monkeypatch.undo()
+        assert fed == sizes
+        for name in ("self_check", "live_check"):
+            assert near(parts[name], whole[name])
+
+
+def near(one: Any, other: Any) -> bool:
+    """Whether two parts of a reply are the same up to rounding."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(near(value, other[name]) for name, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(near, one, other))
+    return one == other if not isinstance(one, float) else one == pytest.approx(other, rel=1e-2, abs=1e-4)
+
+
 def test_others_may_use_the_model_while_a_graph_is_made(tmp_path: Path):
     session = LocalSession(traced("qwen3"), store=tmp_path)
     session.load_features(str(save_random(tmp_path / "t", "mlp_in[1]", "mlp_out[1]", n_features=60)), "t")

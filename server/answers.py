@@ -190,7 +190,8 @@ async def open_answer(loaded: LoadedModel, body: GenerationBody, plan: Plan, max
 
 async def _interventions(loaded: LoadedModel, body: GenerationBody, plan: Plan) -> list[Ready | Knockout]:
     """The interventions of a request, checked for each prompt."""
-    declared = declare_interventions(loaded.model, body, loaded.session.features)
+    # on another thread, as the store of autoencoders is held while descriptions are read
+    declared = await asyncio.to_thread(declare_interventions, loaded.model, body, loaded.session.features)
     if not declared:
         return []
     if body.baseline and plan.limit == 0:

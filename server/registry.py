@@ -152,7 +152,7 @@ class ModelRegistry:
         self._taken.discard(entry.id)
         self._metrics.models_loaded.set(len(self._loaded))
         await asyncio.to_thread(entry.worker.stop)
-        self.features.drop(entry.id)
+        await asyncio.to_thread(self.features.drop, entry.id)  # which waits while descriptions are read
         size = entry.model.memory_bytes
         del entry
         gc.collect()
@@ -189,7 +189,7 @@ class ModelRegistry:
             if worker is not None:
                 await asyncio.to_thread(worker.stop)
                 if name not in self._loaded:
-                    self.features.drop(name)
+                    await asyncio.to_thread(self.features.drop, name)
         finally:
             self._guests.release()
 

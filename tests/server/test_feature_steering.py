@@ -1,6 +1,7 @@
 """Steering by feature in chats: greedy text and logits, against hooks on a plain transformers model."""
 
 import math
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -285,3 +286,15 @@ def test_a_feature_kept_as_a_steering_vector_steers_as_the_feature_does(
     files = [ask(steered, model, [one]).choices[0].message.activation_files["logits"] for one in (by_name, by_feature)]
     first, second = (torch.load(file, weights_only=True) for file in files)
     assert distance(first, second) < 1e-6
+
+
+def test_others_are_served_while_the_store_of_autoencoders_is_busy(steered: Served) -> None:
+    store = steered.app.state.sightline.registry.features
+    body = {"model": steered.names["qwen3"], "messages": HELLO, "max_tokens": 1, "interventions": [OK]}
+    with ThreadPoolExecutor(2) as pool:
+        with store._lock:  # as while descriptions are read
+            steering = pool.submit(steered.post, body)
+            time.sleep(0.5)
+            assert pool.submit(steered.http.get, "/v1/models").result(timeout=10).status_code == 200
+            assert not steering.done()
+        assert steering.result(timeout=60).status_code == 200

@@ -214,6 +214,14 @@ class Autoencoder:
         """What `directions` are multiplied with when these rows were read; None is 1."""
         return self._read(x)[1] if self.restores else None
 
+    @torch.no_grad()
+    def activations_of(self, index: int, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row"]:
+        """What `encode` gives of one feature, without a matrix of all of them."""
+        if self.activation != "topk":
+            return self.feature(index).encode(x)[:, 0]
+        values, indices = self.topk(x, self._kept)
+        return values.masked_fill_(indices != index, 0).sum(-1)
+
     def feature(self, index: int) -> "Autoencoder":
         """One feature as an autoencoder of its own, which activates as here; not of "topk", where all compete."""
         assert self.activation != "topk"

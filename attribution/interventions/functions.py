@@ -88,16 +88,15 @@ def clamping(
         rows_of: makes of the rows of the site that is read what the autoencoder reads.
         tell: is told the activations that were found, [column].
     """
-    index, one = (0, autoencoder.feature(index)) if autoencoder.activation != "topk" else (index, autoencoder)
 
     def clamp(rows: Tensor, read: Tensor | None = None) -> Tensor:
-        there = one.to(rows.device)
-        x = rows_of(rows if read is None else read).to(rows.device, one.dtype)
-        found = there.encode(x)[:, index]
+        there = autoencoder.to(rows.device)
+        x = rows_of(rows if read is None else read).to(rows.device, there.dtype)
+        found = there.activations_of(index, x)
         step = (value - found)[:, None] * there.directions([index])
         scale = there.scale_of(x)
         tell(found)
-        result = rows.reshape(len(rows), -1).to(one.dtype) + (step if scale is None else step * scale)
+        result = rows.reshape(len(rows), -1).to(there.dtype) + (step if scale is None else step * scale)
         return result.to(rows.dtype).view(rows.shape)
 
     return clamp

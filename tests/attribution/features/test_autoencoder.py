@@ -105,6 +105,14 @@ def test_nothing_is_copied_where_nothing_changes() -> None:
     assert one.to("cpu", torch.float64) is one
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_the_activations_of_one_feature_are_those_among_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = EVERY[name].encode(ROWS)
+    monkeypatch.setattr(module, "_ENCODED_AT_ONCE", 2 * N_FEATURES)  # two rows at a time where all are needed
+    for j in range(N_FEATURES):
+        torch.testing.assert_close(EVERY[name].activations_of(j, ROWS), expected[:, j], **TOLERANCE)
+
+
 def test_a_row_of_zeros_is_read_as_zeros() -> None:
     one = random_autoencoder(normalisation="constant_norm")
     torch.testing.assert_close(one.encode(torch.zeros(1, D_IN)), torch.relu(one.b_enc)[None])  # not 0/0

@@ -104,7 +104,8 @@ def _show_features(console: Console, tokens: Sequence[dict[str, Any]]) -> None:
             (one["position"] if not place else "", repr(one["token"]) if not place else "", text)
             for place, text in enumerate(named)
         ]
-    show(("position", "token", "feature, activation, description"), rows, right=("position",), console=console)
+    headers = ("position", "token", "feature, activation, description")
+    show(headers, rows, right=("position",), console=console if console.is_terminal else None)
 
 
 def _position(prompt: Sequence[dict[str, Any]], puzzle: Puzzle) -> int:

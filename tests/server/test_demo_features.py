@@ -18,6 +18,8 @@ def test_the_demo_names_features_of_an_answer_and_changes_the_cell_that_it_shoul
     colour = demo_features.colour_feature()
     # the features of colours are on where the answer has these colours
     assert re.search(rf"' {colour.letter}' +{colour.index} at \d+: on a \w+ \({colour.letter}\) cell", said)
+    # piped, a feature has its description on one line, whatever its length
+    assert all(line.count("(F1") == len(re.findall(r"\(F1 [^)]*\)", line)) for line in said.splitlines())
     assert "1 of 16 cells changed by the clamp; 16 of 16 are now what the rule says" in said
     assert '"operation": "clamp"' in said
     assert f'"index": {colour.index}' in said

@@ -106,6 +106,9 @@ def save_feature_vector(
 ) -> dict[str, Any]:
     """Keep what one unit of a feature writes as a steering vector, to be added or projected out by name.
 
+    Of an autoencoder that normalises the rows it reads, this is the direction before that is undone: what a unit really
+    writes is as many times longer as the row is, which an intervention of type "feature" accounts for.
+
     Args:
         name: under which it is kept.
         index: of the feature.

@@ -38,12 +38,14 @@ class _Entry:
         declared: None of a source that was handed over as it is.
         source: when it fits its model, whose weights have this `fingerprint`.
         reason: why it cannot be used.
+        model_id: of the model that it was held against.
     """
 
     declared: Declaration | None
     source: Source | None = None
     fingerprint: str | None = None
     reason: str | None = None
+    model_id: str | None = None
 
     def status(self) -> dict[str, Any]:
         """A row of the list of all sources."""
@@ -166,7 +168,7 @@ class FeatureStore:
         declared = entry.declared
         if declared is None or _is_checked(entry, model):
             return entry
-        fresh = _Entry(declared, fingerprint=model.fingerprint)
+        fresh = _Entry(declared, fingerprint=model.fingerprint, model_id=model.id)
         try:
             source = read_source(model, declared, self.weights)
             if source.name in taken:
@@ -237,7 +239,7 @@ class FeatureStore:
                     entry.source.weights.drop(entry.source.folder)
                     if entry.declared is not None:
                         self._entries[index] = _Entry(entry.declared)
-                elif entry.reason is not None and entry.declared is not None and entry.declared.model == model_id:
+                elif entry.reason is not None and entry.declared is not None and entry.model_id == model_id:
                     self._entries[index] = _Entry(entry.declared)
 
     def remove(self, model_id: str, name: str) -> None:

@@ -24,8 +24,9 @@ from attribution.features.declared import Declaration, check_model, read_source,
 from attribution.features.places import PLACES, Place
 from attribution.features.sources import FeatureStore, Source
 from attribution.features.weights import KeptWeights
+from attribution.session import LocalSession
 from tests.autoencoders import N_FEATURES, random_autoencoder, save_random
-from tests.models import D_HEAD, D_MLP, D_MODEL, FAMILIES, N_HEADS, N_LAYERS, traced
+from tests.models import D_HEAD, D_MLP, D_MODEL, FAMILIES, N_HEADS, N_LAYERS, save_tiny, traced
 
 
 def declared(folder: Path, **more: Any) -> Declaration:
@@ -312,3 +313,14 @@ def test_a_source_may_be_handed_over_as_it_is(tmp_path: Path):
     assert torch.equal(found.autoencoder().W_enc, made.W_enc)
     store.drop("tiny-qwen3")
     assert store.source(traced("qwen3")) is found
+
+
+def test_one_that_failed_is_read_again_with_its_model_however_that_is_spelled(tmp_path: Path):
+    (tmp_path / "link").symlink_to(save_tiny("qwen3", tmp_path / "model"))
+    registry = tmp_path / "features.toml"
+    registry.write_text(f'[[source]]\nmodel = "{tmp_path}/link"\nfolder = "late"\n')
+    session = LocalSession(str(tmp_path / "model"), store=tmp_path / "store", features=registry)
+    assert [row["status"] for row in session.list_features()["sources"]] == ["failed"]
+    save_random(tmp_path / "late")
+    session.load_model(str(tmp_path / "model"))
+    assert [row["status"] for row in session.list_features()["sources"]] == ["ready"]

@@ -19,6 +19,7 @@ from typing import Any
 import puzzles
 from attribution.errors import InvalidArgument, SightlineError, SourceNotFound
 from attribution.features.declared import Declaration, check_source, read_source
+from attribution.features.reading import read_autoencoder
 from attribution.features.registry import REGISTRY_FILE, Refused, read_registry
 from attribution.features.source import Source
 from attribution.features.weights import DEFAULT_BYTES, KeptWeights
@@ -114,6 +115,7 @@ class FeatureStore:
         with self._lock:
             self.of(model)
             found = read_source(model, declared, self.weights)
+            read_autoencoder(found.folder)  # a value that is not finite is told now, not at the first question
             there = self._find(model, found.name)
             if there is not None and there.declared is not None and not overwrite:
                 _check_same(there, found)

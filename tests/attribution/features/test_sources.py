@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from attribution.errors import (
     CannotFit,
@@ -35,6 +36,17 @@ def declared(folder: Path, **more: Any) -> Declaration:
 
 def read(folder: Path, family: str = "qwen3", **more: Any) -> Source:
     return read_source(traced(family), declared(folder, **more), KeptWeights())
+
+
+def test_weights_that_are_not_finite_are_told_when_they_are_loaded(tmp_path: Path):
+    folder = save_random(tmp_path / "one")
+    tensors = load_file(folder / "sae_weights.safetensors")
+    tensors["W_dec"][3, 2] = torch.nan
+    save_file(tensors, folder / "sae_weights.safetensors")
+    store = FeatureStore()
+    with pytest.raises(InvalidArgument, match="W_dec holds a value that is not finite"):
+        store.load(traced("qwen3"), declared(folder))
+    assert not store.of(traced("qwen3"))
 
 
 # --- the places and widths

@@ -21,7 +21,7 @@ from attribution.checks import mismatch
 from attribution.errors import InvalidArgument, LibraryMissing, ModelLoadFailed, SourceNotFound, StorageFailed
 from attribution.features.autoencoder import Autoencoder
 from attribution.features.places import Place
-from attribution.features.reading import Read, read_autoencoder
+from attribution.features.reading import CONFIG, Read, read_autoencoder
 from attribution.features.writing import write_autoencoder
 from attribution.sample_file import temporary_name
 
@@ -70,6 +70,8 @@ def convert_folder(
     try:
         found = read_autoencoder(source)
     except InvalidArgument as error:
+        if not (source / CONFIG).is_file():  # nothing that sae-lens could read either
+            raise
         return _resaved(source, folder, error)
     reads, writes = reads or found.reads, writes or found.writes
     if reads is None or (found.is_transcoder and writes is None):

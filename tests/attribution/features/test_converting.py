@@ -162,7 +162,9 @@ def test_a_place_that_the_config_does_not_say_is_asked_for(tmp_path: Path) -> No
 
 def test_what_is_no_folder_and_no_release_is_refused(tmp_path: Path) -> None:
     assert "is named by RELEASE ID DIR" in refusal(sightline("sae", "convert", tmp_path / "none", "out"), 2)
-    assert "cfg.json cannot be read" in refusal(sightline("sae", "convert", tmp_path, tmp_path / "out"), 1)
+    said = refusal(sightline("sae", "convert", tmp_path, tmp_path / "out"), 2)
+    assert "is no autoencoder: there is no" in said
+    assert "sae-lens" not in said
     wrong = ("sae", "convert", "release", "id", tmp_path / "out", "--reads", "resid_pre[2]")
     assert "of a release they are known" in refusal(sightline(*wrong), 2)
 

@@ -49,10 +49,14 @@ class FrozenNorm:
 
     def __call__(self, x: Float[Tensor, "*more width"]) -> Float[Tensor, "*more width"]:
         """Apply it; `x` may have further axes in front of the rows."""
+        y = self.scaled(x) * self.norm.weight
+        return y if self.norm.bias is None else y + self.norm.bias
+
+    def scaled(self, x: Float[Tensor, "*more width"]) -> Float[Tensor, "*more width"]:
+        """The same before weight and bias."""
         if self.norm.centred:
             x = x - x.mean(-1, keepdim=True)
-        y = x * self.norm_scale * self.norm.weight
-        return y if self.norm.bias is None else y + self.norm.bias
+        return x * self.norm_scale
 
     def backward(self, grad: Float[Tensor, "*more width"]) -> Float[Tensor, "*more width"]:
         """The gradient with respect to its input, given that with respect to its output."""

@@ -2,13 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
-from attribution.arguments import Index
 from attribution.compare.texts import Span, occurrences
 from attribution.errors import InvalidArgument
-
-TopFeatures = Annotated[Index, "how many features of a term are shown"]
 
 
 @dataclass(frozen=True)

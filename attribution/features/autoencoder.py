@@ -160,7 +160,7 @@ class Autoencoder:
 
     def _read(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the encoder reads, with the scale and the shift that the normalisation took away."""
-        x = self._given(x)
+        x = self.given(x)
         scale = shift = None
         if self.normalisation == "layer_norm":
             shift = x.mean(-1, keepdim=True)
@@ -172,7 +172,8 @@ class Autoencoder:
             x = x * coefficient
         return (x - self.b_dec if self.subtracts_b_dec else x), scale, shift
 
-    def _given(self, x: Tensor) -> Tensor:
+    def given(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
+        """What is read, in its own dtype and on its device, without the mean where that is taken off."""
         x = x.to(self.W_enc.device, self.dtype)
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
@@ -194,7 +195,7 @@ class Autoencoder:
             assert self.normalisation == "none" or not self.restores
             return written
         if self.W_skip is not None:
-            written = written + self._given(x) @ self.W_skip
+            written = written + self.given(x) @ self.W_skip
         if not self.restores:
             return written
         _, scale, shift = self._read(x)

@@ -140,6 +140,4 @@ def place_rows(model: TracedModel, place: Place, captured: Float[Tensor, "..."])
         return captured
     norm = Block(model, place.layer).mlp_norm
     x = captured.to(norm.weight)
-    if norm.centred:
-        x = x - x.mean(-1, keepdim=True)
-    return (x * norm.at(captured.to(norm.weight)).norm_scale).to(captured.dtype)
+    return norm.at(x).scaled(x).to(captured.dtype)

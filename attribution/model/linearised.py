@@ -169,8 +169,7 @@ def _read(point: str, frozen: FrozenNorm, mid: Tensor, normed: Tensor) -> Tensor
         return mid
     if point == "mlp_in":
         return _with(normed, frozen(mid.to(frozen.norm_scale)))
-    x = mid.to(frozen.norm_scale)
-    return ((x - x.mean(-1, keepdim=True) if frozen.norm.centred else x) * frozen.norm_scale).to(mid.dtype)
+    return frozen.scaled(mid.to(frozen.norm_scale)).to(mid.dtype)
 
 
 def _freeze(module: Any, frozen: FrozenNorm) -> None:

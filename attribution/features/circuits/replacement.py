@@ -162,8 +162,8 @@ def what_is_multiplied(
 ) -> Float[Tensor, "*rows pos d_in"]:
     """What the encoder multiplies, up to constants, linear in what is read: the scale of each row is that of `at`."""
     if autoencoder.normalisation == "none":
-        return _given(autoencoder, read)
-    x, at = _given(autoencoder, read), _given(autoencoder, at)
+        return autoencoder.given(read)
+    x, at = autoencoder.given(read), autoencoder.given(at)
     if autoencoder.normalisation == "constant_norm":
         return x * (autoencoder.d_in**0.5 / at.norm(dim=-1, keepdim=True).clamp(min=1e-8))
     return (x - x.mean(-1, keepdim=True)) / ((at - at.mean(-1, keepdim=True)).std(-1, keepdim=True) + 1e-5)
@@ -176,14 +176,9 @@ def passes(autoencoder: Autoencoder) -> Passes | None:
         return None
 
     def passed(read: Tensor, at: Tensor) -> Tensor:
-        x, scale = _given(autoencoder, read), autoencoder.scale_of(at)
+        x, scale = autoencoder.given(read), autoencoder.scale_of(at)
         written = x.new_zeros(*x.shape[:-1], autoencoder.d_out) if skip is None else x @ skip
         written = written if scale is None else written * scale
         return written + x.mean(-1, keepdim=True) if shifts else written
 
     return passed
-
-
-def _given(autoencoder: Autoencoder, read: Tensor) -> Tensor:
-    x = read.to(autoencoder.W_enc)
-    return x - x.mean(-1, keepdim=True) if autoencoder.centred else x
